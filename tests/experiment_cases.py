@@ -54,8 +54,8 @@ STAND_IN = """
     if stop:
         print("interrupted: saved at step 3")
         sys.exit(130)
-    if config["frozen_run"]:
-        assert (pathlib.Path(config["frozen_run"]) / "trained.json").is_file()
+    if spec["after"]:
+        assert (pathlib.Path(spec["after"]) / "trained.json").is_file()
     (folder / "trained.json").write_text("{}")
     result = {key: spec[key] for key in ("experiment", "arm", "seed", "config")}
     result |= {"data": config["data"], "device": "none", "method": config["method"]}
@@ -80,7 +80,13 @@ def small_plan(
     """A plan of arms by their learning rates."""
     names, waits = list(rates), after or {}
     arms = [
-        Arm(name, tiny_config("fashion-mini", lr=lr), f"arm {name}", after=waits.get(name))
+        Arm(
+            name,
+            tiny_config("fashion-mini", lr=lr),
+            f"arm {name}",
+            fitted=name in waits,
+            after=waits.get(name),
+        )
         for name, lr in rates.items()
     ]
     primary = (names[-1], names[0], "logistic")
@@ -133,6 +139,8 @@ def spec(config: TrainConfig, out: Path, **changes: Any) -> dict[str, Any]:
         "arm": "arm",
         "seed": config.seed,
         "config": config.to_dict(),
+        "fitted": False,
+        "after": None,
         "folder": str(out / "runs" / "arm-seed-0"),
         "result": str(out / "results" / "arm-seed-0.json"),
         **changes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,10 +110,27 @@ def test_options_scale_an_experiment() -> None:
         assert (views.size, views.blur_prob) == (28, 0.0)
 
 
+def test_further_training_begins_with_the_given_weights() -> None:
+    options = PlanOptions(backbone="timm:resnet10t", init=Path("/some/where/w.pth"), preset="demo")
+    planned = plan("further", options)
+    assert "/some" not in json.dumps(planned.described())
+    assert [(arm.name, arm.fitted, arm.after) for arm in planned.arms if arm.fitted] == [
+        ("starting", True, None),
+        ("fitted", True, "simsiam"),
+    ]
+    for arm in planned.arms:
+        config = arm.config
+        assert (config.model.backbone, config.init) == (options.backbone, options.init)
+        slower = PRESETS["demo"].lr / (10 if arm.name.endswith("-gentle") else 1)
+        assert config.lr == pytest.approx(slower)
+    arms = plan("further", PlanOptions(pretrained=True)).arms
+    assert all(arm.config.model.pretrained for arm in arms)
+
+
 def test_arms_are_chosen_by_name() -> None:
     assert "vi-byol" not in [arm.name for arm in plan("controls", PlanOptions()).arms]
-    some = plan("controls", PlanOptions(arms=("simsiam", "vi-byol", "ps-posthoc")))
-    assert [arm.name for arm in some.arms] == ["simsiam", "ps-posthoc", "vi-byol"]
+    some = plan("controls", PlanOptions(arms=("simsiam", "vi-byol", "fitted")))
+    assert [arm.name for arm in some.arms] == ["simsiam", "fitted", "vi-byol"]
     assert some.primary is None, "an arm of its comparison is missing"
 
 
@@ -120,10 +138,11 @@ def test_arms_are_chosen_by_name() -> None:
     ("name", "options", "message"),
     [
         ("table2", {}, "experiment: 'table2' is none of table1, "),
-        ("controls", {"arms": ("ps-posthoc",)}, "'ps-posthoc' starts from the runs of 'simsiam'"),
+        ("controls", {"arms": ("fitted",)}, "'fitted' starts from the runs of 'simsiam'"),
         ("deaths", {"arms": ("vi-simsim",)}, r"\.\.\. \(48 in all\); did you mean 'vi-simsiam-d"),
         ("controls", {"arms": ()}, "arms: nothing is not accepted"),
         ("controls", {"data": ("folder:a/x", "folder:b/x")}, "two of them have the same name"),
+        ("further", {}, "init: None is not accepted; it must be a run or file of weights"),
         ("deaths", {"epochs": 1}, "epochs: 1 is not accepted; it must be at least 2"),
         ("tuned", {"trials": 37}, "trials: 37 is not accepted; it must be at most 36"),
         *(("controls", {option: 0}, f"^{option}: 0 is not accepted") for option in NUMBERS),

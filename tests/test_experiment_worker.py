@@ -128,6 +128,34 @@ def test_a_trained_run_is_only_measured(
     assert worker.at_most(val, 16) is val
 
 
+def test_a_distribution_is_fitted_to_the_run_of_another_arm(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "evaluate_uncertainty", lambda run, report: UNCERTAINTY)
+    simsiam = tiny_config(f"folder:{image_folder}", method="simsiam", epochs=1)
+    found = {}
+    for after in (None, str(tmp_path / "simsiam" / "runs" / "arm-seed-0")):
+        method, name = ("simsiam", "simsiam") if after is None else ("vi-simsiam", "fitted")
+        config = dataclasses.replace(simsiam, method=method)
+        given = spec(
+            config, tmp_path / name, measures=["logistic"], fitted=bool(after), after=after
+        )
+        worker.work(given)
+        found[name] = json.loads(Path(given["result"]).read_text())
+    assert found["fitted"]["correct"] == found["simsiam"]["correct"], "the encoder is the same"
+    assert found["fitted"]["uncertainty"]["calibration_error"] == 0.25
+    assert found["simsiam"]["uncertainty"] == {}
+    assert found["fitted"]["config"]["model"]["projector"] == "standardised"
+    assert str(tmp_path) not in json.dumps(found)
+
+    folder = Path(given["folder"])
+    (folder / "trained.json").unlink()  # as if it was killed before it was finished
+    written = checkpoints(folder)[0].stat().st_mtime_ns
+    worker.fit(config, folder, Path(after or ""))
+    assert checkpoints(folder)[0].stat().st_mtime_ns > written
+    worker.fit(config, folder, tmp_path / "nowhere")  # is not looked for: the run is finished
+
+
 def test_a_loss_that_is_not_finite_is_a_result(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,7 +85,8 @@ def test_a_failed_run_does_not_affect_others_and_is_tried_again(
     assert "b-seed-0: not started: a-seed-0, which it starts from, is not trained" in lines
     assert lines[-2:] == ["1 of 3 runs done", "go on with: again"]
     assert run(planned, out, command)[0] == 0
-    assert calls(out, "b-seed-0")[0]["config"]["frozen_run"] == str(out / "runs" / "a-seed-0")
+    (call,) = calls(out, "b-seed-0")
+    assert (call["fitted"], call["after"]) == (True, str(out / "runs" / "a-seed-0"))
     assert log.read_text().count("epoch 1") == 2, "the log is appended to"
 
 

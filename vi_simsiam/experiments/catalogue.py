@@ -51,6 +51,7 @@ def plan(name: str, options: PlanOptions) -> Plan:
         "table1": _table1,
         "tuned": _tuned,
         "controls": _controls,
+        "further": _further,
         "stability": _stability,
         "lightly-imagenette": _lightly_imagenette,
         "deaths": _deaths,
@@ -178,15 +179,39 @@ def _controls(options: PlanOptions) -> Plan:
             changed(concentration="detached"),
             "a concentration for each image from which the network learns nothing",
         ),
-        "ps-posthoc": (ours, "the concentration fitted on the finished SimSiam run of its seed"),
+        "fitted": (ours, "a distribution fitted to the finished SimSiam run of its seed"),
         "byol": (replace(simsiam, ema=ema), f"SimSiam with a target network of momentum {ema}"),
         "vi-byol": (replace(ours, ema=ema), f"VI-SimSiam with a target network of momentum {ema}"),
     }
     arms = {name: Arm(name, *content) for name, content in configs.items()}
-    arms["ps-posthoc"] = replace(arms["ps-posthoc"], after="simsiam")
+    arms["fitted"] = replace(arms["fitted"], fitted=True, after="simsiam")
     for name in ("vi-softplus", "vi-byol"):
         arms[name] = replace(arms[name], optional=True)
     return make_plan("controls", options, list(arms.values()), _METHODS_PRIMARY)
+
+
+def _further(options: PlanOptions) -> Plan:
+    """Given weights, and further training from them with two learning rates."""
+    given = options.init is not None or options.pretrained
+    require("init", options.init, given, "a run or file of weights, or give --pretrained")
+    base = scaled(preset(options.preset), options)
+    simsiam, ours = _both(base, "the preset's learning rate")
+    begun = "the given weights, with a distribution fitted to them"
+    later = "a distribution fitted to the run of simsiam of its seed"
+    arms = [
+        Arm("starting", ours.config, begun, fitted=True),
+        simsiam,
+        *(_gentle(arm) for arm in (simsiam, ours)),
+        ours,
+        Arm("fitted", ours.config, later, fitted=True, after="simsiam"),
+    ]
+    return make_plan("further", options, arms, ("simsiam", "starting", PRIMARY_MEASURE))
+
+
+def _gentle(arm: Arm) -> Arm:
+    """The arm with a tenth of its learning rate."""
+    config = replace(arm.config, lr=arm.config.lr / 10)
+    return replace(arm, name=f"{arm.name}-gentle", config=config, note=f"{arm.name}, a tenth of it")
 
 
 def _stability(options: PlanOptions) -> Plan:

@@ -122,6 +122,8 @@ class Spec(TypedDict):
     arm: Label
     seed: _Seed
     config: dict[str, Any]
+    fitted: bool
+    after: _Place | None
     folder: _Place
     result: _Place
     measures: list[Label]

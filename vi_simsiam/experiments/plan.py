@@ -55,6 +55,12 @@ class PlanOptions:
     """Trials of every method on a held-out part of the training set (experiment tuned)."""
     ema: float | None = None
     """Momentum of the target network (byol, vi-byol); None for 0.996, or 0.99 below 100 epochs."""
+    backbone: str | None = None
+    """Backbone, as for `train`."""
+    init: Path | None = None
+    """Weights that the backbone begins with, as for `train`."""
+    pretrained: bool = False
+    """Begin with the ImageNet weights of torchvision or timm."""
 
     def __post_init__(self) -> None:
         for name in ("seeds", "epochs", "images", "val_images", "trials"):
@@ -90,13 +96,16 @@ class Arm:
 
     name: str
     config: TrainConfig
-    """Configuration of the first seed; other runs differ in the seed and `frozen_run` only."""
+    """Configuration of the first seed; other runs differ in the seed only."""
     note: str
     """Description in one phrase."""
     inferred: tuple[str, ...] = ()
     """Settings that the source does not state."""
+    fitted: bool = False
+    """Nothing is trained: a distribution is fitted to a finished encoder (`fit_concentration`), the
+    run of `after` or the backbone with the weights that its configuration names."""
     after: str | None = None
-    """Name of the arm whose run of the same seed this one starts from."""
+    """Name of the arm to whose run of the same seed a distribution is fitted."""
     optional: bool = False
     """Left out unless requested by name."""
     seeds: int | None = None
@@ -153,6 +162,7 @@ class Plan:
         """The content of plan.json, without its date."""
         options = {item.name: getattr(self.options, item.name) for item in fields(PlanOptions)}
         options["data"] = [data_label(spec) for spec in self.options.data or ()]
+        options["init"] = self.options.init and self.options.init.name
         trials = {
             "seed": TRIAL_SEED,
             "held_out": HELD_OUT,
@@ -249,13 +259,15 @@ def scaled(config: TrainConfig, options: PlanOptions) -> TrainConfig:
 
     A warm-up shrinks with the epochs.
     """
-    augment, model = config.augment, config.model
+    augment, model = config.augment, replace(config.model, pretrained=options.pretrained)
     if options.size is not None:
         # Multiples of 8, as all of SwAV's sizes are.
         local = max(8, round(augment.local_size * options.size / augment.size / 8) * 8)
         augment = replace(augment, size=options.size, local_size=local)
     if options.dim is not None:
         model = replace(model, dim=options.dim)
+    if options.backbone is not None:
+        model = replace(model, backbone=options.backbone)
     epochs = options.epochs or config.epochs
     return replace(
         config,
@@ -264,6 +276,7 @@ def scaled(config: TrainConfig, options: PlanOptions) -> TrainConfig:
         batch_size=config.batch_size if options.batch_size is None else options.batch_size,
         images=options.images,
         distinct=True,
+        init=options.init,
         augment=augment,
         model=model,
     )

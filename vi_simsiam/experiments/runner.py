@@ -30,7 +30,15 @@ from vi_simsiam.engine.processes import INTERRUPTED, Process, last_line, locked,
 from vi_simsiam.engine.run import open_splits, resolve_device
 from vi_simsiam.errors import InputError
 from vi_simsiam.experiments.forms import Chosen, read_plan, read_run
-from vi_simsiam.experiments.plan import PRIMARY_MEASURE, TRIAL_SEED, Arm, Place, Plan, settings
+from vi_simsiam.experiments.plan import (
+    PRIMARY_MEASURE,
+    TRIAL_SEED,
+    Arm,
+    Place,
+    Plan,
+    PlanOptions,
+    settings,
+)
 from vi_simsiam.files import read_json, write_json
 from vi_simsiam.text import cell, counted, print_line
 
@@ -94,7 +102,6 @@ class Run(Process):
             data_root=place.data_root,
             offline=place.offline,
             cache_dir=place.cache_dir,
-            frozen_run=self.after,
         ).located()
         plan, trial = self.plan, self.arm.trial_of is not None
         content = {
@@ -106,6 +113,8 @@ class Run(Process):
             "arm": self.arm.name,
             "seed": self.seed,
             "config": config.to_dict(),
+            "fitted": self.arm.fitted,
+            "after": self.after and str(self.after),
             "folder": str(self.folder),
             "result": str(self.result),
         }
@@ -268,7 +277,8 @@ def _check(plan: Plan, out: Path) -> None:
     if not holds(out, PLAN):
         return
     saved, described = read_plan(out / PLAN), json.loads(json.dumps(plan.described()))
-    before = {"experiment": saved["experiment"], **saved["options"]}
+    defaults = {item.name: item.default for item in dataclasses.fields(PlanOptions)}
+    before = {"experiment": saved["experiment"], **defaults, **saved["options"]}
     for name, value in {"experiment": plan.experiment, **described["options"]}.items():
         if before.get(name) != value:
             raise InputError(

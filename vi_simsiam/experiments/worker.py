@@ -13,6 +13,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -24,23 +25,18 @@ from rich.console import Console
 
 import vi_simsiam
 from vi_simsiam.config import TrainConfig
-from vi_simsiam.data.cache import cached
-from vi_simsiam.data.packed import PackedImages
-from vi_simsiam.data.sources import ImageSource
 from vi_simsiam.data.subsets import at_most, labelled_splits
 from vi_simsiam.data_names import data_label
 from vi_simsiam.engine.forward import extract
-from vi_simsiam.engine.knn import KnnConfig, classify
+from vi_simsiam.engine.knn import KnnConfig
 from vi_simsiam.engine.log import read_log
 from vi_simsiam.engine.processes import locked
 from vi_simsiam.engine.run import (
     Run,
     check_config,
     load_run,
-    open_splits,
     read_config,
     resolve_device,
-    resolve_workers,
 )
 from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import TrainingError, UserError
@@ -50,9 +46,11 @@ from vi_simsiam.evaluation.linear import evaluate_linear, linear_preset
 from vi_simsiam.evaluation.logistic import evaluate_logistic
 from vi_simsiam.evaluation.scores import TRIVIAL
 from vi_simsiam.evaluation.uncertainty import evaluate_uncertainty
-from vi_simsiam.experiments.forms import ProgressLine, Spec, Trained
+from vi_simsiam.experiments.forms import Spec, Trained
+from vi_simsiam.experiments.progress import COLUMNS, Progress, read_progress
 from vi_simsiam.experiments.runner import TRAINED
-from vi_simsiam.files import json_lines, read_json, read_lines, write_json, write_text
+from vi_simsiam.files import read_json, write_json
+from vi_simsiam.fitting import fit_concentration
 from vi_simsiam.info import versions
 from vi_simsiam.text import counted, one_line
 
@@ -63,8 +61,6 @@ CURVE = (
     "grad_norm",
 )  # fmt: skip
 CURVE_POINTS = 100
-PROGRESS = "progress.jsonl"
-_PROGRESS_COLUMNS = ("knn200", "knn200_epoch", "knn200_seconds")
 _report = partial(print, flush=True)
 """Prints the current action: the last line of the log is shown while the run is running."""
 _PACKAGES = ("torch", "torchvision", "triton", "scikit-learn", "timm", "numpy", "pillow")
@@ -97,9 +93,14 @@ def work(spec: dict[str, Any]) -> str:
     config = TrainConfig.from_dict(spec["config"])
     if result.is_file():
         return "measured before"
-    trained, diverged = {}, {}
+    trained: dict[str, Any] = {}
+    diverged: dict[str, Any] = {}
     try:
-        trained = train(config, folder, spec["progress_every"])
+        if spec["fitted"]:
+            after = None if spec["after"] is None else Path(spec["after"])
+            trained, config = fit(config, folder, after)
+        else:
+            trained = train(config, folder, spec["progress_every"])
     except TrainingError as error:
         if "not finite" not in str(error):
             raise
@@ -140,6 +141,28 @@ def train(config: TrainConfig, folder: Path, progress_every: int | None = None) 
     }
     write_json(done, trained)
     return trained
+
+
+def fit(
+    config: TrainConfig, folder: Path, after: Path | None
+) -> tuple[dict[str, Any], TrainConfig]:
+    """Fit a distribution to the run `after`, or to the backbone of `config` with its given weights.
+
+    Returns:
+        The content of RUN/trained.json, and the configuration of the run.
+    """
+    done = folder / TRAINED
+    if not done.is_file():
+        start = time.perf_counter()
+        encoder, size = after or config.model.backbone, config.augment.size
+        if after is not None:
+            parts = dataclasses.replace(config.model, pretrained=False)
+            config = dataclasses.replace(config, init=None, model=parts)
+        fit_concentration(
+            encoder, config.data, out=folder, config=config, size=size, overwrite=folder.exists()
+        )
+        write_json(done, {"seconds": round(time.perf_counter() - start, 3)})
+    return cast(dict[str, Any], read_json(done, Trained, "run")), read_config(folder)
 
 
 def measure_run(
@@ -274,7 +297,7 @@ def flat_uncertainty(result: dict[str, Any]) -> dict[str, float | str]:
 
 def curve(folder: Path) -> dict[str, list[float]]:
     """Epochs and metrics of a run, at most `CURVE_POINTS` evenly spaced lines, and its progress."""
-    lines, progress = read_log(folder)[0], _progress(folder)
+    lines, progress = read_log(folder)[0], read_progress(folder)
     if len(lines) > CURVE_POINTS:
         lines = [lines[i] for i in np.linspace(0, len(lines) - 1, CURVE_POINTS).round().astype(int)]
     names = [
@@ -284,22 +307,16 @@ def curve(folder: Path) -> dict[str, list[float]]:
     ]
     return {
         **{name: [float(f"{line[name]:.5g}") for line in lines] for name in names},
-        **{name: [line[name] for line in progress] for name in _PROGRESS_COLUMNS if progress},
+        **{name: [line[name] for line in progress] for name in COLUMNS if progress},
     }
-
-
-def _progress(folder: Path) -> list[dict[str, Any]]:
-    """The kNN accuracies that were measured during a training."""
-    lines, _ = read_lines(folder / PROGRESS, ProgressLine, "run")
-    return cast(list[dict[str, Any]], lines)
 
 
 def without_places(config: TrainConfig) -> dict[str, Any]:
     """The configuration as plain JSON types, without the machine's paths."""
     plain = config.to_dict()
     del plain["data_root"], plain["cache_dir"]
-    frozen = config.frozen_run
-    return {**plain, "data": data_label(config.data), "frozen_run": frozen and frozen.name}
+    init = config.init
+    return {**plain, "data": data_label(config.data), "init": init and init.name}
 
 
 def _commit() -> str | None:
@@ -313,63 +330,6 @@ def _commit() -> str | None:
         return found.stdout.strip()
     except (OSError, subprocess.SubprocessError):  # git can be slow on a busy disk
         return None
-
-
-class Progress:
-    """A callback after every epoch that records kNN accuracy (k = 200, T = 0.1) over training time.
-
-    It uses at most 4,000 training and 1,000 validation images, drawn class by class. Its own time
-    is not counted: the trainer's clock stands still between epochs. Lines go to RUN/progress.jsonl;
-    those beyond the step that a resumed run starts from are dropped.
-
-    Args:
-        trainer: trainer of the run, before it starts.
-        every: epochs between two measurements; the last epoch always has one.
-    """
-
-    def __init__(self, trainer: Trainer, every: int) -> None:
-        self.trainer, self.every = trainer, every
-        splits = open_splits(trainer.config)
-        assert splits.val is not None
-        self.workers = resolve_workers(trainer.config.workers, trainer.device)
-
-        def chosen(source: ImageSource, most: int) -> PackedImages:
-            cache_dir = trainer.config.cache_dir
-            whole, _ = cached(source, cache_dir=cache_dir, workers=self.workers, console=None)
-            return cast(PackedImages, at_most(whole, most))
-
-        self.train, self.val = chosen(splits.train, 4_000), chosen(splits.val, 1_000)
-        self.path = trainer.folder / PROGRESS
-        before = _progress(trainer.folder) if trainer.resume else []
-        self.lines = [line for line in before if line["step"] <= trainer.step]
-        ended = trainer.step > 0 and trainer.step % trainer.loader.steps_per_epoch == 0
-        if ended and all(line["step"] != trainer.step for line in self.lines):
-            self()  # the run was stopped in the last step of an epoch, before its accuracy
-
-    def __call__(self) -> None:
-        """Record the accuracy if it is due."""
-        trainer = self.trainer
-        epoch = trainer.step // trainer.loader.steps_per_epoch
-        if epoch % self.every and epoch < trainer.config.epochs:
-            return
-        size, device, backbone = trainer.config.augment.size, trainer.device, trainer.model.backbone
-        train, val = (
-            extract(
-                backbone,
-                source,
-                size=size,
-                device=device,
-                workers=self.workers,
-                constants=trainer.config.augment.constants,
-            ).to(device)
-            for source in (self.train, self.val)
-        )
-        labels, classes = torch.from_numpy(self.train.labels).to(device), self.train.classes or ()
-        predicted = classify(train, labels, val, classes=len(classes), config=KnnConfig(k=200))
-        share = float((predicted.cpu() == torch.from_numpy(self.val.labels)).double().mean())
-        values = (share, epoch, round(trainer.seconds, 3), trainer.step)
-        self.lines.append(dict(zip((*_PROGRESS_COLUMNS, "step"), values, strict=True)))
-        write_text(self.path, json_lines(self.lines))
 
 
 if __name__ == "__main__":
