@@ -52,8 +52,9 @@ class Trainer:
     with `config.deterministic`. A long run times its layers first, and other layers round otherwise
     (see `choose_kernels`). An ImageWarning names images that are left out and losses in decoding.
 
-    On a GPU the images' views are made while the step before trains, and a whole step is replayed
-    as one CUDA graph. On a CPU worker processes make the views.
+    On a GPU the fused kernel makes the views while the step before trains, and a whole step is
+    replayed as one CUDA graph; for other views see `CapturedTraining`. On a CPU worker processes
+    make the views.
 
     Args:
         config: the configuration.
