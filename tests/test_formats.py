@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from evaluation_cases import skip_rendering
 from rich.console import Console
 
 from vi_simsiam.benchmarks.report import fill
@@ -71,7 +72,10 @@ def test_a_run_goes_on_to_its_end(run: Path) -> None:
     assert Trainer(trainer.config, run, resume=True, quiet=True).step == 4
 
 
-def test_results_of_a_run_have_their_values(run_with_results: Path) -> None:
+def test_results_of_a_run_have_their_values(
+    run_with_results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_rendering(monkeypatch)
     run = run_with_results
     results = {name: read_result(run, name) or {} for name in (*ACCURACIES, "uncertainty")}
     uncertainty = results.pop("uncertainty")
