@@ -21,7 +21,7 @@ from PIL import Image
 from test_trainer import QUIET, Watched, config, metrics, train
 
 from vi_simsiam.cli import main
-from vi_simsiam.config import LossConfig, TrainConfig
+from vi_simsiam.config import LossConfig, ModelConfig, TrainConfig
 from vi_simsiam.engine.checkpoint import Checkpoint, load_last
 from vi_simsiam.engine.doctor import diagnose
 from vi_simsiam.engine.processes import locked
@@ -125,6 +125,14 @@ def test_a_constant_kappa_does_not_run_away(tmp_path: Path) -> None:
     constant = LossConfig(concentration="constant", concentration_value=60.0)
     settings = TrainConfig(loss=constant)
     assert not diagnose(log(tmp_path / "run", *[{"kappa": 60.0}] * 3, settings=settings)).findings
+
+
+def test_a_fitted_run_has_remedies_of_its_command(tmp_path: Path) -> None:
+    """The encoder is given, and with it the rank of the targets."""
+    settings = TrainConfig(model=ModelConfig(projector="standardised"))
+    lines = [{"kappa": 60.0, "effective_rank": 1.2}] * 3
+    (found,) = diagnose(log(tmp_path / "run", *lines, settings=settings)).findings
+    assert (found.name, found.remedy) == ("kappa runs away", "more --epochs than 20")
 
 
 def test_a_run_that_stopped_has_the_way_in_which_it_did(tmp_path: Path) -> None:

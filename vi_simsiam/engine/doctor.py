@@ -231,7 +231,7 @@ def _verdict(health: Health, ending: Ending) -> Finding | None:
 
 def _rank(config: TrainConfig, lines: Lines) -> Finding | None:
     found = _mean(lines[-verdict.LINES :], "effective_rank")
-    if config.frozen_run is not None or found is None or found >= LEAST_RANK:
+    if config.fitted or found is None or found >= LEAST_RANK:
         return None
     return Finding(
         "few directions",
@@ -247,11 +247,14 @@ def _runaway(config: TrainConfig, lines: Lines) -> Finding | None:
         return None
     if kappa <= RUNAWAY * max(best, LEAST_BEST):
         return None
+    remedy = f"more --epochs than {config.epochs}"
+    if not config.fitted:
+        remedy = f"a smaller --lr than {config.lr:g}, --clip-norm 1, or --concentration-max"
     return Finding(
         "kappa runs away",
         f"kappa/(D-1) {kappa:.2g}, where {best:.2g} would fit the cosines",
         f"more than {RUNAWAY:g} times the best one",
-        f"a smaller --lr than {config.lr:g}, --clip-norm 1, or a bound with --concentration-max",
+        remedy,
     )
 
 
