@@ -14,6 +14,7 @@ from typing import Any
 from conftest import small_backbone
 
 ROOT = Path(__file__).parents[1]
+_IMPORTED = [f"vi_simsiam.cli.{name}" for name in ("train", "evaluate", "doctor")]
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -28,7 +29,7 @@ def start(function: Callable[..., int], *arguments: Any) -> Any:
     It is not forked from this one: PyTorch's threads would be missing in it, and waited for.
     """
     context = multiprocessing.get_context("forkserver")  # torch is imported once
-    context.set_forkserver_preload(["torch._dynamo", "vi_simsiam.engine.train"])
+    context.set_forkserver_preload(["torch._dynamo", "torch.utils.tensorboard", *_IMPORTED])
     process = context.Process(target=_call, args=(function, arguments))
     process.start()
     return process

@@ -24,7 +24,7 @@ from vi_simsiam.engine.device import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(8):
+    for _ in range(2):
         torch.ones(48 << 18)  # 48 MB, above glibc's limit for its own memory
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
@@ -45,7 +45,7 @@ def test_freed_memory_is_taken_again_without_new_pages() -> None:
 
 
 def test_a_deterministic_run_fixes_the_workspace_of_cublas(
-    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_network: None, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before anything can use cuBLAS; torch's own switch is on during training alone."""
     name, seen = "CUBLAS_WORKSPACE_CONFIG", []

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import small_backbone
 from evaluation_cases import make_run, skip_rendering, uncertainty_result
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -130,8 +131,13 @@ def photos(image_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.usefixtures("small_runs")
 def test_names_of_folders_classes_and_images(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+    photos: Path,
+    tmp_path: Path,
+    small_network: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: Any,
 ) -> None:
+    monkeypatch.setattr("vi_simsiam.evaluation.features.build_backbone", small_backbone)
     monkeypatch.setattr("vi_simsiam.data.cache._TOLERATED_SHARE", 0.1)
     run = tmp_path / f"run{NAME}"
     options = ["--epochs", "1", "--batch-size", "8", "--size", "8", *ON_CPU]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -14,10 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import small_backbone
 from experiment_cases import spec, tiny_config
+from processes import start
 
-from vi_simsiam import models
 from vi_simsiam.engine.checkpoint import checkpoints
 from vi_simsiam.engine.monitor import Monitor
 from vi_simsiam.engine.run import load_run
@@ -28,10 +26,8 @@ from vi_simsiam.experiments import runner, worker
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def _killed(path: Path) -> None:
+def _killed(path: Path) -> int:
     """Do a run up to two steps after the checkpoint of its first epoch."""
-    # In a new interpreter; a forked one would wait for OpenMP threads that it does not have.
-    models.build_backbone = small_backbone  # type: ignore[assignment]
     advance = Monitor.advance
 
     def killed(self: Monitor, step: int) -> None:
@@ -40,7 +36,7 @@ def _killed(path: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     Monitor.advance = killed  # type: ignore[method-assign]
-    worker.main(path)
+    return worker.main(path)
 
 
 def test_a_killed_run_continues_to_the_result_of_an_uninterrupted_one(
@@ -53,8 +49,7 @@ def test_a_killed_run_continues_to_the_result_of_an_uninterrupted_one(
         folder, path = Path(given["folder"]), tmp_path / f"{name}.json"
         path.write_text(json.dumps(given))
         if name == "killed":
-            process = multiprocessing.get_context("spawn").Process(target=_killed, args=(path,))
-            process.start()
+            process = start(_killed, path)
             process.join(60)
             if process.exitcode is None:
                 process.kill()

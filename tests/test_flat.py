@@ -83,15 +83,15 @@ def resuming(settings: TrainConfig, folder: Path) -> Callable[[], None]:
 
 
 def test_epochs_logs_checkpoints_and_measurements(image_folder: Path, tmp_path: Path) -> None:
-    trainer = train(config(image_folder, epochs=30, knn_every=1), tmp_path / "run")
+    trainer = train(config(image_folder, epochs=20, knn_every=1), tmp_path / "run")
     found: dict[int, Used] = {}
 
     def epoch_done() -> None:
-        if trainer.step in (50, 150):
+        if trainer.step in (50, 100):
             found[trainer.step] = used()
 
     trainer.fit(epoch_done=epoch_done)
-    check_growth(found[50], found[150], 20)
+    check_growth(found[50], found[100], 10)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

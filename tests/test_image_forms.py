@@ -312,13 +312,6 @@ def test_no_member_is_a_path_on_the_disk(tmp_path: Path) -> None:
         source.image(0)
 
 
-def test_further_images_of_a_sample_are_counted(tmp_path: Path) -> None:
-    spec = write_tar(tmp_path / "a.tar", **{"seg.png": png(0)})
-    source = open_dataset(spec).train
-    assert len(source) == 6
-    assert "6 further images of the same samples left out" in str(source.notes)
-
-
 def test_several_folders_have_the_classes_of_all(tmp_path: Path) -> None:
     first, second = tmp_path / "a", tmp_path / "b"
     for number, place in enumerate(

@@ -150,6 +150,7 @@ def folder(image_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.usefixtures("small_network")
 def test_names_that_are_not_utf8(
+    small_network: None,
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -176,6 +176,7 @@ def test_the_captured_step_is_held_to_the_step(
         return phases.sin().to(dtype)
 
     monkeypatch.setattr(self_check, "_SIDE", 18)
+    monkeypatch.setattr(self_check, "CALLS", 6)
     monkeypatch.setattr(self_check, "capture", capture)
     monkeypatch.setattr(self_check, "augment", waves)
     found = self_check.check("step", lambda: self_check.captured_step(torch.device("cpu")))

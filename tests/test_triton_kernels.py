@@ -33,8 +33,10 @@ from vi_simsiam.kernels import scale_gradient, stem_convolution
 REGISTERS = Registers("triton_registers.json")
 CASES = {
     "loss": ("triton_cases.py", "triton_function_cases.py"),
-    "batch norm": ("triton_batch_norm_cases.py", "test_storage.py"),
-    "images": ("triton_stem_pool_cases.py", "triton_stem_cases.py", "triton_augment_cases.py"),
+    "network": (
+        *("triton_batch_norm_cases.py", "test_storage.py", "triton_stem_pool_cases.py"),
+        *("triton_stem_cases.py", "triton_augment_cases.py"),
+    ),
 }
 
 
@@ -43,10 +45,9 @@ def test_numbers_in_the_interpreter(cases: tuple[str, ...]) -> None:
     run_cases(True, *cases)
 
 
-@pytest.mark.parametrize("part", ["", "_autograd"])
-def test_public_edge_cases_in_the_interpreter(part: str) -> None:
+def test_public_edge_cases_in_the_interpreter() -> None:
     select = "triton and (extremes or raises_kappa or given or padded or empty) and not gradcheck"
-    run_cases(True, f"test_multiview_loss{part}.py", select=select)
+    run_cases(True, "test_multiview_loss.py", "test_multiview_loss_autograd.py", select=select)
 
 
 @pytest.mark.soak

@@ -8,7 +8,14 @@ from functools import partial
 import pytest
 import torch
 from batch_norm_cases import *  # noqa: F403
-from batch_norm_cases import draw, parameters_of, results
+from batch_norm_cases import (
+    draw,
+    parameters_of,
+    results,
+    test_compiled_transforms_are_those_of_eager,
+    test_fullgraph_compile,
+    test_opcheck,
+)
 from torch import Tensor
 from triton_tools import INTERPRETED, captured
 
@@ -16,6 +23,9 @@ from vi_simsiam.kernels import batch_norm as kernel
 from vi_simsiam.ops import batch_norm_fused as operation
 
 SINGLE, MANY = "one launch", "two launches"
+# They are about the operator, which is the same for every number of launches.
+for each in (test_opcheck, test_fullgraph_compile, test_compiled_transforms_are_those_of_eager):
+    pytest.mark.parametrize("fused", [SINGLE], indirect=True)(each)
 
 
 @pytest.fixture(params=[SINGLE, MANY])

@@ -69,8 +69,11 @@ def build_backbone(
         advice = f"its own size is --size {own}"
         return network, pooled_width(network, name, sizes or (own,), channels, advice)
     if kind == "module":
-        network = build_module(rest)
-        return network, pooled_width(network, name, sizes or (224,), channels)
+        # On the meta device it could not read values while it is built.
+        with torch.device("cpu"):
+            network = build_module(rest)
+            features = pooled_width(network, name, sizes or (224,), channels)
+        return network.to(torch.get_default_device()), features
     check_backbone(name)
     network, features = plain_resnet(
         name,

@@ -6,6 +6,8 @@ its input: the state dict keeps timm's names.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import importlib
 import os
 import sys
@@ -215,7 +217,10 @@ def pooled_width(
     channels: int = 3,
     advice: str = "give views of another size",
 ) -> int:
-    """The width F of a backbone's features, measured on views of each size in eval mode.
+    """The width F of a backbone's features on views of each size in eval mode.
+
+    Nothing is computed where the network runs on the meta device: the views of a file from
+    elsewhere may be of any size.
 
     Args:
         network: takes images (B, channels, size, size).
@@ -228,13 +233,9 @@ def pooled_width(
         InputError: the network takes no views of a size, or gives anything else than (B, F) floats.
     """
     widths: dict[int, int] = {}
-    training, weight = network.training, next(network.parameters(), None)
-    device = None if weight is None else weight.device
-    network.eval()
     for size in sizes:
         try:
-            with torch.no_grad():
-                features = network(torch.zeros(2, channels, size, size, device=device))
+            features = _features(network, (2, channels, size, size))
         except Exception as error:  # of any layer
             raise InputError(
                 f"backbone: {name} cannot take views of {_pixels([size])} ({_line(error)}); "
@@ -248,11 +249,25 @@ def pooled_width(
                 "floating-point numbers of shape (2, F)"
             )
         widths[size] = features.shape[1]
-    network.train(training)
     if len(set(widths.values())) > 1:
         found = ", ".join(f"{width} for {size} pixels" for size, width in widths.items())
         raise InputError(f"backbone: {name} gives features of another width per size ({found})")
     return next(iter(widths.values()))
+
+
+@torch.no_grad()
+def _features(network: nn.Module, shape: tuple[int, ...]) -> Any:
+    """The features of zeros in eval mode: on the meta device, or where the network is."""
+    with contextlib.suppress(Exception):  # a copy or a layer that the meta device does not have
+        # The copy shares no state, in which layers may keep tensors for the next call.
+        tensors = (*network.parameters(), *network.buffers())
+        copied = copy.deepcopy(network, {id(tensor): tensor.to("meta") for tensor in tensors})
+        return copied.eval()(torch.zeros(shape, device="meta"))
+    weight, training = next(network.parameters(), None), network.training
+    network.eval()
+    features = network(torch.zeros(shape, device=None if weight is None else weight.device))
+    network.train(training)
+    return features
 
 
 def timm_constants(name: str) -> Constants:

@@ -30,7 +30,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vi_simsiam.data.channels import refuse_mixed
-from vi_simsiam.data.decoding import bytes_per_image, decode
+from vi_simsiam.data.decoding import bytes_per_image, decode, few_levels
 from vi_simsiam.data.pack_file import FORMAT_VERSION
 from vi_simsiam.data.packed import Contents, PackedImages, PackWriter, open_pack
 from vi_simsiam.data.pixels import Loss, loss_lines
@@ -265,7 +265,7 @@ def _decode(
         places=[source.describe(index) for index in kept],
         unreadable=unreadable,
         decode=source.decode,
-        notes=loss_lines(source.name, losses),
+        notes=[*loss_lines(source.name, losses), *few_levels(source)],
     )
 
 

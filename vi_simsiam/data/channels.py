@@ -4,7 +4,8 @@
     TIFF          its first series, read by tifffile: channels interleaved, in planes or on pages
     other files   gray, gray with alpha, RGB, RGBA and CMYK, as Pillow decodes them
 
-A palette becomes the colours that it names. Where other bits are asked for, 16 bits become their
+Images are turned upright by their orientation in EXIF or TIFF tags. A palette becomes the colours
+that it names. Where other bits are asked for, 16 bits become their
 upper 8, and 8 bits are multiplied by 257. Pillow has no more than 8 bits of other files' colour, so
 that colour of 16 bits is read from TIFF and .npy files only.
 
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from vi_simsiam.config import DecodeConfig
-from vi_simsiam.data.files import formats
+from vi_simsiam.data.files import ARRAY, formats
 from vi_simsiam.data.inside import open_image
 from vi_simsiam.data.pixels import check_jpeg, upright_size
 from vi_simsiam.errors import InputError
@@ -44,6 +45,12 @@ _MODES = {"1": "L", "P": "RGB", "PA": "RGBA", "La": "LA", "RGBa": "RGBA", "RGBX"
 """Modes of Pillow that are converted, and what they become."""
 _KEPT = ("L", "LA", "RGB", "RGBA", "CMYK")
 _WHITE_IS_ZERO, _PALETTE = 0, 3
+_NPY = b"\x93NUMPY"
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_ORIENTATION = 274
+# Orientations whose rows are stored as columns, and those that are then still mirrored: top to
+# bottom, and left to right.
+_TRANSPOSED, _UPSIDE_DOWN, _MIRRORED = (5, 6, 7, 8), (3, 4, 7, 8), (2, 3, 6, 7)
 _OTHER = re.compile(r"(\d+) channels?, not \d+")
 _SHOWN = 3
 
@@ -60,9 +67,9 @@ def read_file(path: str, decode: DecodeConfig) -> Pixels:
         Exception: almost any, for a damaged file.
     """
     with open_image(path) as file:
-        if path.lower().endswith(".npy"):
+        if _is_npy(path, file):
             return as_stored(_read_npy(file), decode)
-        if _is_tiff(file):
+        if _begins_with(file, _TIFF):
             with _series(file) as series:
                 return as_stored(_channels_last(series.asarray(), series), decode)
         with Image.open(file, formats=formats(path)) as image:
@@ -72,13 +79,14 @@ def read_file(path: str, decode: DecodeConfig) -> Pixels:
 def file_size(path: str) -> tuple[int, int]:
     """Return height and width of an image file from its header; raises as `read_file`."""
     with open_image(path) as file:
-        if path.lower().endswith(".npy"):
+        if _is_npy(path, file):
             height, width = _npy_header(file)[0][:2]
             return height, width
-        if _is_tiff(file):
+        if _begins_with(file, _TIFF):
             with _series(file) as series:
                 sizes = dict(zip(series.axes, series.shape, strict=True))
-                return sizes["Y"], sizes["X"]
+                lies = _orientation(series) in _TRANSPOSED
+                return (sizes["X"], sizes["Y"]) if lies else (sizes["Y"], sizes["X"])
         with Image.open(file, formats=formats(path)) as image:
             return upright_size(image)
 
@@ -170,10 +178,15 @@ def refuse_mixed(name: str, failures: Sequence[tuple[str, str]], decode: DecodeC
     )
 
 
-def _is_tiff(file: IO[bytes]) -> bool:
-    start = file.read(4)
+def _begins_with(file: IO[bytes], starts: tuple[bytes, ...]) -> bool:
+    start = file.read(len(_NPY))
     file.seek(0)
-    return start in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+    return start.startswith(starts)
+
+
+def _is_npy(path: str, file: IO[bytes]) -> bool:
+    """By its name, or in a row of a Parquet file, which has none, by its first bytes."""
+    return path.lower().endswith(ARRAY) or _begins_with(file, (_NPY,))
 
 
 def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -231,6 +244,18 @@ def _series(file: IO[bytes]) -> Iterator[Any]:
 
 
 def _channels_last(values: NDArray[Any], series: Any) -> NDArray[Any]:
+    """The values (height, width, channels), turned upright by the tag Orientation of TIFF 6.0."""
     if series.keyframe.photometric == _WHITE_IS_ZERO and values.dtype.kind == "u":
         values = np.iinfo(values.dtype).max - values
-    return np.moveaxis(values, 0, -1) if series.axes.endswith("YX") and values.ndim == 3 else values
+    if series.axes.endswith("YX") and values.ndim == 3:
+        values = np.moveaxis(values, 0, -1)
+    orientation = _orientation(series)
+    if orientation in _TRANSPOSED:
+        values = values.swapaxes(0, 1)
+    if orientation in _UPSIDE_DOWN:
+        values = values[::-1]
+    return values[:, ::-1] if orientation in _MIRRORED else values
+
+
+def _orientation(series: Any) -> Any:
+    return series.keyframe.tags.valueof(_ORIENTATION, 1)

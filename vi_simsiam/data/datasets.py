@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -143,10 +144,15 @@ def open_dataset(
     if kind == "folder" and place:
         return _folder(Path(place), spec, decode)
     if kind == "folders":
-        return Splits(spec, *sources(data_label(spec), _joined(data_places(spec)), decode))
+        return Splits(spec, *sources(data_label(spec), _joined(data_places(spec), decode), decode))
     if kind in LISTING_KINDS and place:
-        read = {"list": read_list, "csv": read_csv, "parquet": read_parquet, "tar": read_tar}[kind]
-        return Splits(spec, *sources(place, read(place), decode))
+        readers: dict[str, Callable[[str], Listed]] = {
+            "list": read_list,
+            "csv": read_csv,
+            "parquet": read_parquet,
+            "tar": functools.partial(read_tar, arrays=not decode.is_rgb),
+        }
+        return Splits(spec, *sources(place, readers[kind](place), decode))
     if kind == "pack" and place:
         path = Path(place)
         val, packed = validation_pack(path), open_pack(path)
@@ -223,7 +229,7 @@ def _folder(path: Path, spec: str, decode: DecodeConfig) -> Splits:
     return Splits(spec, train, val)
 
 
-def _joined(folders: list[str]) -> Listed:
+def _joined(folders: list[str], decode: DecodeConfig) -> Listed:
     """The images of several folders, each with class folders or none of them with any."""
     entries: list[Entry] = []
     notes: list[str] = []
@@ -231,7 +237,8 @@ def _joined(folders: list[str]) -> Listed:
     has_labels: dict[str, bool] = {}
     for folder in folders:
         # Entries are files, whose frames are counted once, in the end.
-        splits = _folder(Path(folder), f"folder:{folder}", DecodeConfig())
+        single = dataclasses.replace(decode, frames="first")
+        splits = _folder(Path(folder), f"folder:{folder}", single)
         has_labels[folder] = splits.train.labels is not None
         for part, source in (("train", splits.train), ("val", splits.val)):
             if not isinstance(source, FileSource):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import functools
 import os
 import pickle
@@ -17,8 +19,13 @@ from vi_simsiam.data.pixels import Loss, losses
 from vi_simsiam.data.sources import FileSource, ImageSource, Unreadable, UnreadableError
 from vi_simsiam.data.workers import results
 from vi_simsiam.errors import InputError
+from vi_simsiam.text import counted
 
 _SAMPLED = 64
+_LOOKED_AT = 8
+_OF_8_BITS = 257
+"""Factor by which `channels.as_stored` brings values of 8 bits to 16."""
+_FEW = 32
 _CHUNK_BYTES = 8 << 20
 _CHUNK_IMAGES = 256
 
@@ -58,6 +65,27 @@ def _sampled(source: ImageSource) -> list[tuple[int, int]]:
         with contextlib.suppress(UnreadableError):
             sizes.append(source.dimensions(index))
     return sizes
+
+
+def few_levels(source: ImageSource) -> list[str]:
+    """Return a line if values of 16 bits become few levels of 8, seen in some of the images."""
+    decode, seen = source.decode, list[int]()
+    if decode.is_rgb or decode.bits == 16:
+        return []
+    deep = copy.copy(source)
+    deep.decode = dataclasses.replace(decode, bits=16)
+    for index in np.linspace(0, len(source) - 1, min(_LOOKED_AT, len(source))).astype(int).tolist():
+        with contextlib.suppress(InputError):
+            values = deep.array(index)
+            if values.dtype == np.uint16 and (values % _OF_8_BITS).any():
+                seen += int(values.min()), int(values.max())
+    levels = (max(seen) >> 8) - (min(seen) >> 8) + 1 if seen else _FEW
+    if levels >= _FEW:
+        return []
+    return [
+        f"{source.name}: values of 16 bits from {min(seen)} to {max(seen)} become "
+        f"{counted(levels, 'level')} of 8 bits; --bits 16 keeps them apart"
+    ]
 
 
 def fitted(height: int, width: int, shorter_side: int | None) -> tuple[int, int]:

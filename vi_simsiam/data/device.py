@@ -2,7 +2,8 @@
 
 `load` is the host's part of a step, `make` the device's. `make` reads buffers that keep their
 addresses and finds its row by a counter on the device, so that a CUDA graph of a training step can
-contain it.
+contain it. Only the fused kernel does all of that on the device: views of other images than 8-bit
+RGB are made by torch's operations, one image at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.views import GLOBAL_VIEWS, Batch, Schedule, add_offsets
 from vi_simsiam.data.workers import PATIENCE, no_answer
 from vi_simsiam.errors import InputError
-from vi_simsiam.ops.augment import TABLE_COLUMNS, Column, augment
+from vi_simsiam.ops.augment import TABLE_COLUMNS, Column, augment, is_fused
 from vi_simsiam.text import counted
 
 _SEGMENT_BYTES = 2**21
@@ -73,6 +74,8 @@ class DeviceFeed:
         self.dtype, self.backend = dtype, backend
         self.steps_per_epoch = schedule.steps_per_epoch
         self.device = device
+        self.fused = is_fused(backend, device.type, schedule.layout)
+        """True if the fused kernel makes the views; otherwise `make` waits for the device."""
         self._transfers = Transfers(device)
         self.memory = self._choose_memory(memory)
         """Place of the images: "gpu" or "host"."""
@@ -123,8 +126,8 @@ class DeviceFeed:
     def make(self, counter: Tensor) -> Batch:
         """Make this rank's share of the batch of a loaded step, on the device.
 
-        Only queues work on the device, and can be captured in a CUDA graph. `counter` is the step:
-        () int64 on the device.
+        With the fused kernel this only queues work on the device, and can be captured in a CUDA
+        graph. `counter` is the step: () int64 on the device.
         """
         table = self._ring.index_select(0, counter.remainder(len(self._ring)).reshape(1))[0]
         views = self._augment(table[:GLOBAL_VIEWS], self.policy.size)

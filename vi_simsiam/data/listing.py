@@ -229,20 +229,23 @@ def part_of(file: str) -> str:
 
 
 def _expanded(pattern: str) -> Iterator[str]:
-    """The names that braces stand for: {000..012} counts, {a,b} has alternatives."""
+    """The names that braces stand for: {000..012} counts, up or down, {a,b} has alternatives."""
     match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
     if match is None:
         yield pattern
         return
     first, last, words = match.groups()
-    width = len(first or "")
-    names = (
-        (f"{number:0{width}}" for number in range(int(first), int(last) + 1))
-        if words is None
-        else iter(words.split(","))
-    )
-    for name in names:
+    for name in _counting(first, last) if words is None else words.split(","):
         yield from _expanded(f"{pattern[: match.start()]}{name}{pattern[match.end() :]}")
+
+
+def _counting(first: str, last: str) -> Iterator[str]:
+    """Numbers from one to another, as a shell counts: all of one length if an end begins with 0."""
+    padded = any(len(end) > 1 and end.startswith("0") for end in (first, last))
+    width = max(len(first), len(last)) if padded else 0
+    start, stop = int(first), int(last)
+    step = 1 if start <= stop else -1
+    return (f"{number:0{width}}" for number in range(start, stop + step, step))
 
 
 def _text(place: str) -> str:

@@ -40,7 +40,7 @@ from vi_simsiam.data.views import (
 )
 from vi_simsiam.data.workers import Workers, results
 from vi_simsiam.errors import ImageWarning, InputError
-from vi_simsiam.ops.augment import RGB, eager_augment
+from vi_simsiam.ops.augment import eager_augment
 from vi_simsiam.text import counted
 
 
@@ -121,12 +121,6 @@ class MultiViewLoader:
         """Makes the batches on a CUDA device; None on a CPU."""
         self._side: torch.cuda.Stream | None = None
         if device.type == "cuda":
-            if self._schedule.layout != RGB:
-                raise InputError(
-                    f"device: {device} makes views of 8-bit RGB with ImageNet's mean and deviation "
-                    f"only, and {self.source.name} is read or normalised otherwise; train with "
-                    "--device cpu"
-                )
             self.feed = DeviceFeed(
                 self._schedule, device, dtype=dtype, memory=memory, backend=backend
             )

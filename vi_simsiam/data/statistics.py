@@ -9,7 +9,9 @@ from rich.console import Console
 
 from vi_simsiam.config import AugmentConfig, Constants, TrainConfig
 from vi_simsiam.data.packed import PackedImages
+from vi_simsiam.data.views import layout_of
 from vi_simsiam.errors import InputError
+from vi_simsiam.ops.augment import RGB
 from vi_simsiam.text import counted, print_line
 
 SAMPLED = 10_000
@@ -47,15 +49,23 @@ def with_statistics_of(saved: TrainConfig, config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, augment=augment)
 
 
-def print_views(config: TrainConfig, console: Console | None) -> None:
-    """Print a line on the views of images that are not 8-bit RGB; None prints nothing."""
+def print_views(config: TrainConfig, on_gpu: bool, console: Console | None) -> None:
+    """Print a line on views that are not those of most runs; None prints nothing.
+
+    These are views of other images than 8-bit RGB, or normalised otherwise.
+    """
     decode = config.decode
-    if decode.is_rgb or console is None:
+    if console is None or layout_of(config.augment, decode) == RGB:
         return
     line = f"views: {counted(decode.channels, 'channel')} of {decode.bits} bits, normalised by the "
     line += "mean and deviation in config.json"
     if decode.channels != 3:
         line += "; saturation, hue and grayscale are off, which need three channels"
+    if on_gpu:
+        line += (
+            "; made by torch's operations: the fused kernel takes 8-bit RGB with ImageNet's mean "
+            "and deviation only"
+        )
     print_line(console, line)
 
 

@@ -1,8 +1,9 @@
 """Tar archives in WebDataset's layout.
 
-A sample is a run of files with the same name up to the first dot: an image, and its label in
-NAME.cls (a number or a name). Only headers are read; nothing is unpacked, and no name in an archive
-is ever a path on the disk.
+A sample is a run of files with the same name up to the first dot: an image, NAME.jpg or with
+another suffix of images, and its label in NAME.cls (a number or a name). NAME.mask.png, the part
+"mask.png" of a sample, is no image of it. Only headers are read; nothing is unpacked, and no name
+in an archive is ever a path on the disk.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from vi_simsiam.data.files import has_image_suffix
+from vi_simsiam.data.files import ARRAY, has_image_suffix
 from vi_simsiam.data.inside import Member
 from vi_simsiam.data.listing import Entry, Listed, matching, part_of
 from vi_simsiam.errors import InputError, cut
@@ -37,11 +38,32 @@ class _File(NamedTuple):
 
     @property
     def suffix(self) -> str:
-        return os.path.basename(self.name).partition(".")[2]
+        """The part of the sample that it is."""
+        return os.path.basename(self.name).partition(".")[2].lower()
 
 
-def read_tar(place: str) -> Listed:
-    """List the images in tar archives.
+class _Skipped(NamedTuple):
+    """Images of an archive that are not the image of a sample."""
+
+    further: list[_File]
+    """Those after the first of their samples."""
+    dotted: list[_File]
+    """Those with another dot before the suffix."""
+
+    def notes(self) -> Iterator[str]:
+        if self.further:
+            yield f"{counted(len(self.further), 'further image')} of the same samples left out"
+        if self.dotted:
+            name = cut(os.path.basename(self.dotted[0].name))
+            yield (
+                f"{counted(len(self.dotted), 'image')} such as {name} left out: as in WebDataset a "
+                f"sample's name ends at the first dot, and {cut(self.dotted[0].suffix)!r} is no "
+                "suffix of images"
+            )
+
+
+def read_tar(place: str, *, arrays: bool = False) -> Listed:
+    """List the images in tar archives; with `arrays`, .npy files are images, too.
 
     Raises:
         InputError: no such file, or one that is compressed, damaged or holds no images.
@@ -51,34 +73,38 @@ def read_tar(place: str) -> Listed:
     for path in matching(place, ".tar"):
         try:
             with open_regular(Path(path)) as opened:
-                found, further = _read(path, opened)
+                found, skipped = _read(path, opened, arrays)
         except InputError as error:
             raise InputError(f"data: {path} {error}") from None
         except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:
             reason = cut(" ".join(str(error).split())) or type(error).__name__
             raise InputError(f"data: {path} is no tar archive, or damaged ({reason})") from error
         if not found:
-            raise InputError(f"data: {path} holds no images")
+            raise InputError("; ".join([f"data: {path} holds no images", *skipped.notes()]))
         entries += found
-        if further:
-            notes.append(
-                f"{path}: {counted(further, 'further image')} of the same samples left out"
-            )
+        notes += (f"{path}: {note}" for note in skipped.notes())
     return Listed(entries, (), notes)
 
 
-def _read(path: str, opened: BinaryIO) -> tuple[list[Entry], int]:
-    """The images of an archive, and the number of those after the first of a sample."""
-    part, entries, further = part_of(path), [], 0
+def _read(path: str, opened: BinaryIO, arrays: bool) -> tuple[list[Entry], _Skipped]:
+    """The images of an archive, and those that are left out."""
+    part, entries, skipped = part_of(path), list[Entry](), _Skipped([], [])
     for _, run in itertools.groupby(_files(opened), key=lambda file: file.key):
         sample = list(run)
-        images = [file for file in sample if has_image_suffix(f"image.{file.suffix}")]
+        images = [file for file in sample if _is_image(file, arrays)]
+        skipped.dotted.extend(file for file in images if "." in file.suffix)
+        images = [file for file in images if "." not in file.suffix]
         if images:
             label = next((_label(opened, file) for file in sample if file.suffix == "cls"), None)
             name, start, size = images[0]
             entries.append(Entry(Member(path, name, start, size), label, part))
-            further += len(images) - 1
-    return entries, further
+            skipped.further.extend(images[1:])
+    return entries, skipped
+
+
+def _is_image(file: _File, arrays: bool) -> bool:
+    name = f"image.{file.suffix}"
+    return has_image_suffix(name) or (arrays and name.endswith(ARRAY))
 
 
 def _files(opened: BinaryIO) -> Iterator[_File]:

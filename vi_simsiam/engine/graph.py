@@ -35,6 +35,7 @@ from vi_simsiam.engine.graph_rules import (
 )
 from vi_simsiam.engine.step import OverlappedStep, TrainStep
 from vi_simsiam.errors import InputError
+from vi_simsiam.models import Output
 
 MODES = ("auto", "on", "off")
 GRAPH_PRIORITY = -1
@@ -150,10 +151,12 @@ class CudaGraph:
         self._graph.replay()
 
 
-def capture_training(
-    step: TrainStep, feed: DeviceFeed, at: int, mode: str, *, alone: bool
-) -> Captured:
-    """Capture a step of the trainer, with its views made meanwhile.
+class CapturedTraining:
+    """The trainer's steps on the batches of a feed, captured where they can be.
+
+    Views of the fused kernel are made in the graph, while the step before trains. Others are made
+    before each step, since torch's operations read the table on the host; the graph is that of the
+    step alone.
 
     Args:
         step, feed: see `OverlappedStep`.
@@ -161,12 +164,34 @@ def capture_training(
         mode: see `capture`.
         alone: no other ranks take part; otherwise the step runs as it is.
     """
-    whole = OverlappedStep(step, feed)
-    whole.prepare(at)
-    replay = capture(whole, state=whole.state, mode=mode if alone else "off")
-    if not alone:
-        replay.reason = "a step with the collectives of torchrun's ranks is not captured"
-    return replay
+
+    def __init__(
+        self, step: TrainStep, feed: DeviceFeed, at: int, mode: str, *, alone: bool
+    ) -> None:
+        self._counter, self._feed = step.counter, feed
+        whole: TrainStep | OverlappedStep = step
+        if feed.fused:
+            whole = OverlappedStep(step, feed)
+            whole.prepare(at)
+        self._replay = capture(whole, state=whole.state, mode=mode if alone else "off")
+        if not alone:
+            self._replay.reason = "a step with the collectives of torchrun's ranks is not captured"
+
+    @property
+    def launched(self) -> dict[str, bool | str]:
+        """See `Captured.launched`."""
+        return self._replay.launched
+
+    def __call__(self, step: int) -> tuple[Output, float]:
+        """Train step `step`; returns its output, and the seconds that the GPU waited for data."""
+        before, feed = self._feed.waited, self._feed
+        if feed.fused:
+            feed.load(step + 1)
+            output = self._replay()
+        else:
+            feed.load(step)
+            output = self._replay(feed.make(self._counter).views)
+        return output, feed.waited - before
 
 
 class Captured:

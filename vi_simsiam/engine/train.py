@@ -24,7 +24,7 @@ from vi_simsiam.engine import failure, run
 from vi_simsiam.engine.checkpoint import Checkpoint, checkpoint_path, checkpoints, load_last
 from vi_simsiam.engine.device import deterministic, memory_errors, prepare
 from vi_simsiam.engine.distributed import World
-from vi_simsiam.engine.graph import Captured, capture_training
+from vi_simsiam.engine.graph import CapturedTraining
 from vi_simsiam.engine.kernels import choose_kernels
 from vi_simsiam.engine.knn import OnlineKnn
 from vi_simsiam.engine.loggers import check_loggers
@@ -52,8 +52,9 @@ class Trainer:
     with `config.deterministic`. A long run times its layers first, and other layers round otherwise
     (see `choose_kernels`). An ImageWarning names images that are left out and losses in decoding.
 
-    On a GPU the images' views are made while the step before trains, and a whole step is replayed
-    as one CUDA graph. On a CPU worker processes make the views.
+    On a GPU the fused kernel makes the views while the step before trains, and a whole step is
+    replayed as one CUDA graph; for other views see `CapturedTraining`. On a CPU worker processes
+    make the views.
 
     Args:
         config: the configuration.
@@ -225,7 +226,8 @@ class Trainer:
                 self.kernels.save(self.folder)
                 if self.kernels.explained and not self.quiet:
                     print_line(self.console, f"kernels: {self.kernels}")
-            print_views(self.config, None if self.quiet else self.console)
+            on_gpu = self.loader.feed is not None
+            print_views(self.config, on_gpu, None if self.quiet else self.console)
             stack.enter_context(contextlib.closing(self.loader))
             monitor = None
             if main:
@@ -245,7 +247,7 @@ class Trainer:
             replay, feed = None, self.loader.feed
             if feed is not None:
                 mode, alone = self.config.capture, self.world.alone
-                replay = capture_training(self.train_step, feed, self.step, mode, alone=alone)
+                replay = CapturedTraining(self.train_step, feed, self.step, mode, alone=alone)
             while self.step < self.total_steps:
                 metrics, stopped = self._train_epoch(replay, monitor, stop)
                 if epoch_done is not None and not stopped:
@@ -265,7 +267,7 @@ class Trainer:
                 raise KeyboardInterrupt
 
     def _train_epoch(
-        self, replay: Captured | None, monitor: Monitor | None, stop: list[int]
+        self, replay: CapturedTraining | None, monitor: Monitor | None, stop: list[int]
     ) -> tuple[dict[str, float], bool]:
         """Train to the end of the epoch; returns the last metrics, and True if a signal arrived."""
         # Several ranks must stop and save after the same step: they do so where metrics are due.
@@ -304,16 +306,11 @@ class Trainer:
         return metrics, stopped or bool(stop and one_rank)
 
     def _outputs(
-        self, replay: Captured | None, end: int, stop: list[int]
+        self, replay: CapturedTraining | None, end: int, stop: list[int]
     ) -> Iterator[tuple[Output, float]]:
         """Train step by step up to `end`; yields each output, and the seconds waited for data."""
         if replay is not None:
-            feed = self.loader.feed
-            assert feed is not None
-            for step in range(self.step, end):
-                before = feed.waited
-                feed.load(step + 1)
-                yield replay(), feed.waited - before
+            yield from map(replay, range(self.step, end))
             return
         batches, failures = self.loader.epoch(*divmod(self.step, self.loader.steps_per_epoch)), 0
         while self.step < end:

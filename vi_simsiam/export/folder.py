@@ -19,16 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vi_simsiam.config import flat
+from vi_simsiam.config import TrainConfig, flat
 from vi_simsiam.data.sources import ImageSource, UnreadableError
 from vi_simsiam.data.views import eval_view
 from vi_simsiam.data_names import data_label
 from vi_simsiam.engine.log import read_log
 from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError, none_of
+from vi_simsiam.evaluation.comparisons import comparisons
 from vi_simsiam.evaluation.features import ENCODERS, STARTING
 from vi_simsiam.evaluation.results import read_result
-from vi_simsiam.evaluation.uncertainty import comparisons
 from vi_simsiam.export.formats import (
     WEIGHTS,
     outputs,
@@ -248,6 +248,12 @@ def _line(weights: str, check: dict[str, Any]) -> str:
     return f"{weights} checked on {images}: differs by {found} of the largest value"
 
 
+def title(config: TrainConfig) -> str:
+    """The name of a published model: the method made it, or the distributions of one at hand."""
+    fitted = " with distributions" if config.model.projector == "standardised" else ""
+    return f"{config.model.backbone}{fitted} by {METHODS[config.method]}"
+
+
 def model_card(run: Run, format: str, *, check: dict[str, Any], versions: dict[str, str]) -> str:
     """The text of README.md for one exported format.
 
@@ -279,7 +285,7 @@ def model_card(run: Run, format: str, *, check: dict[str, Any], versions: dict[s
         for heading, shares in columns.items()
         if shares.get("trained") is not None
     ]
-    name = f"{model.backbone} by {METHODS[config.method]}"
+    name = title(config)
     front_matter = ModelCardData(
         library_name=_FORMATS[format][-1],
         pipeline_tag="image-feature-extraction",

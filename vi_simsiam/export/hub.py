@@ -12,11 +12,11 @@ from vi_simsiam.data.datasets import Splits
 from vi_simsiam.data.sources import FileSource
 from vi_simsiam.engine.run import Run, resolve_device, resolve_workers
 from vi_simsiam.errors import InputError, UserError, cut
-from vi_simsiam.export.folder import export_run
+from vi_simsiam.export.folder import export_run, title
 from vi_simsiam.export.formats import WEIGHTS, read_safetensors
 from vi_simsiam.inference.encoder import Encoder
 from vi_simsiam.paths import user_path
-from vi_simsiam.text import METHODS, one_line
+from vi_simsiam.text import one_line
 
 _LOGIN = "log in with hf auth login, or set HF_TOKEN"
 
@@ -95,8 +95,9 @@ def push_to_hub(
             created = api.create_repo(repo_id, private=private or None, exist_ok=True)
             if private and not api.repo_info(created.repo_id).private:
                 raise InputError(f"private: {created} exists and is public; nothing was uploaded")
-            message = f"{run.config.model.backbone} by {METHODS[run.config.method]}"
-            api.upload_folder(repo_id=created.repo_id, folder_path=folder, commit_message=message)
+            api.upload_folder(
+                repo_id=created.repo_id, folder_path=folder, commit_message=title(run.config)
+            )
     return str(created)
 
 

@@ -38,6 +38,9 @@ _CHUNK_FLOATS = 1 << 19
 _SMALL_SIZE = 64
 """Views up to this size are resized with matrices, which is faster for crops no larger than them.
 """
+_MOST_REDUCED = 64
+"""Largest ratio of a crop to its view that is resized on a GPU: torch's kernel holds the weights of
+one output pixel in 48 KB, which is too little from about 90 on."""
 _LEAST_TAP = 1e-12
 """Smallest tap of a blur: subnormal numbers make a processor ten times slower."""
 
@@ -131,13 +134,8 @@ def augment(
         BackendUnavailableError: the backend was named explicitly and cannot run on this device.
     """
     _check(pixels, table, size, dtype)
-    device_type = pixels.device.type
-    fused = device_type == "cuda" and layout == RGB
-    preferred = ("triton", "eager") if fused else ("eager",)
-    if choose_backend(backend, device_type, AUGMENT_BACKENDS, preferred) == "eager":
+    if not is_fused(backend, pixels.device.type, layout):
         return eager_augment(pixels, table, size, dtype, layout)
-    if layout != RGB:
-        raise InputError("backend: triton makes views of 8-bit RGB alone; eager makes these")
     from vi_simsiam.kernels import augment as kernel
 
     views, batch = table.shape[:2]
@@ -149,6 +147,22 @@ def augment(
         )
         kernel.augment(pixels, table.view(rows, TABLE_COLUMNS), out, workspace)
     return out.view(views, batch, size, size, 3).permute(0, 1, 4, 2, 3)
+
+
+def is_fused(backend: str, device_type: str, layout: Layout) -> bool:
+    """True if `augment` runs the fused kernel, False if it runs `eager_augment`.
+
+    Raises:
+        InputError: the backend is unknown or does not take this layout.
+        BackendUnavailableError: the backend was named explicitly and cannot run on this device.
+    """
+    fits = device_type == "cuda" and layout == RGB
+    preferred = ("triton", "eager") if fits else ("eager",)
+    if choose_backend(backend, device_type, AUGMENT_BACKENDS, preferred) == "eager":
+        return False
+    if layout != RGB:
+        raise InputError("backend: triton makes views of 8-bit RGB alone; eager makes these")
+    return True
 
 
 def eager_augment(
@@ -241,9 +255,10 @@ def _resized(pixels: Tensor, rows: NDArray[np.int32], size: int, layout: Layout)
         elif (height, width) == (size, size):
             view.copy_(crop[0])
         else:
-            view.copy_(
-                F.interpolate(crop.float(), (size, size), mode="bilinear", antialias=True)[0]
-            )
+            values = crop.float()
+            if max(height, width) > _MOST_REDUCED * size:
+                values = values.cpu()
+            view.copy_(F.interpolate(values, (size, size), mode="bilinear", antialias=True)[0])
 
     def enlarge(part: Tensor, sides: Tensor) -> Tensor:
         matrices = _enlarging_matrices(size, x.device)
