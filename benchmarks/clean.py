@@ -126,7 +126,7 @@ def _trained(folder: Path, options: Options) -> Path:
 
 def _foreign(options: Options, encoder: Encoder) -> ImageSource:
     if options.foreign == _DIGITS:
-        return builtin_sets(encoder.size, options.images, 0)[1].source
+        return builtin_sets(encoder.config, options.images, 0)[1].source
     found = open_dataset(options.foreign).train
     least = options.images // 20
     require("foreign", options.foreign, len(found) >= least, f"a set of {least} images or more")
