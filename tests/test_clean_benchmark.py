@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from experiment_cases import tiny_config
 from inference_cases import save_run
 from PIL import Image
 
@@ -95,6 +96,14 @@ def test_a_score_of_images_at_random_finds_few(
     kinds = clean.run(options)["cases"][0]["kinds"]
     assert max(kinds[kind]["found"][0] for kind in (EXACT, CROPPED)) < 1
     assert kinds[EXACT]["scores"]["clean"][0] < 0.9
+
+
+def test_an_encoder_is_trained_where_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = dataclasses.replace(tiny_config("fashion-mini"), images=16)
+    monkeypatch.setattr(clean, "preset", {"demo": small}.__getitem__)
+    case = clean.run(clean.Options(images=40, seeds=1, device="cpu"))["cases"][0]
+    assert case["encoder"] == "resnet18, fashion-mini"
+    assert case["kinds"][EXACT]["found"] == [1]
 
 
 def test_unusable_options(encoder: Path, tmp_path: Path) -> None:
