@@ -27,10 +27,10 @@ from vi_simsiam.engine.log import read_log
 from vi_simsiam.engine.run import read_config
 from vi_simsiam.engine.verdict import Health, problem
 from vi_simsiam.evaluation import report as page
+from vi_simsiam.evaluation.comparisons import comparisons
 from vi_simsiam.evaluation.figures import draw_curves, read_metrics
 from vi_simsiam.evaluation.knn import KnnConfig, evaluate_knn
 from vi_simsiam.evaluation.results import accuracies, read_result, summary_table
-from vi_simsiam.evaluation.uncertainty import comparisons
 from vi_simsiam.evaluation.uncertainty_figures import draw_uncertainty
 from vi_simsiam.experiments import figures, seeds, tables, worker
 from vi_simsiam.experiments.deaths import summarise_deaths

@@ -26,16 +26,17 @@ ON_CPU = ["--device", "cpu", "--workers", "1"]
 _embedded_images = cache(partial(open_dataset, "fashion-mini"))
 
 
-def save_run(folder: Path, method: Method = "vi-simsiam") -> Path:
+def save_run(folder: Path, method: Method = "vi-simsiam", seed: int = 5) -> Path:
     """An untrained ResNet-18 with the files of a run, whose training data is missing."""
     folder.mkdir(parents=True)
     config = TrainConfig(
         method=method,
         data="folder:/gone",
+        seed=seed,
         augment=AugmentConfig(size=SIZE),
         model=ModelConfig(dim=DIM, projector_hidden=8, predictor_hidden=8),
     )
-    torch.manual_seed(5)
+    torch.manual_seed(seed)
     model = build_model(config)
     if method == "vi-simsiam":
         with torch.no_grad():  # concentrations that differ visibly between images
@@ -44,6 +45,15 @@ def save_run(folder: Path, method: Method = "vi-simsiam") -> Path:
             last.weight[DIM] = 2000 * last.weight[DIM].abs()
     write_json(folder / "config.json", config.to_dict())
     Checkpoint(1, 0.0, 1, model.state_dict(), {}).save(folder / "checkpoint-00000001.safetensors")
+    return folder
+
+
+def save_seeds(folder: Path, method: Method = "vi-simsiam", count: int = 3) -> Path:
+    """Runs of seeds 5, 6, ..., as `train --seeds` leaves them, and one more that has failed."""
+    for seed in range(5, 5 + count):
+        save_run(folder / f"seed-{seed}", method, seed)
+    runs = [{"seed": seed, "exit": int(seed == 5 + count)} for seed in range(5, 6 + count)]
+    write_json(folder / "seeds.json", {"arguments": [], "runs": runs})
     return folder
 
 

@@ -65,8 +65,6 @@ RUNS = {
             --views 2 --epochs 1 --device cpu --workers 0 => "views": 2""",
     "train from weights": f"""
         {_TRAIN} --init {{simsiam}} => init: 6 of the backbone's 6 tensors""",
-    "train frozen": f"""
-        {_TRAIN} --frozen-run {{simsiam}} => kappa fitted""",
     "train settings": f"""
         {_TRAIN} --preset demo --config {{settings}} --policy multicrop --local-size 8 \
             => "momentum": 0.75""",

@@ -23,7 +23,6 @@ from test_commands import refused, run
 from vi_simsiam import info
 from vi_simsiam.cli import main
 from vi_simsiam.engine.checkpoint import checkpoints
-from vi_simsiam.engine.run import read_config
 from vi_simsiam.ops.backends import BACKENDS
 
 pytestmark = pytest.mark.usefixtures("small_runs")
@@ -105,23 +104,6 @@ def test_training_without_labels(
     err = refused(f"knn {out} --device cpu --workers 0", capsys)
     assert "train/" in err
     assert "val/" in err
-
-
-def test_a_frozen_run_gives_its_model(
-    image_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    small = f"train --data {image_folder} --epochs 1 --device cpu --workers 0 --quiet"
-    model = "--dim 24 --projector-hidden 16 --predictor-hidden 16 --size 20"
-    assert run(f"{small} --method simsiam --out simsiam {model}", capsys)[0] == 0
-    code, out, _ = run(f"{small} --frozen-run simsiam --out fitted", capsys)
-    assert code == 0
-    assert out.startswith("kappa fitted: ")
-    fitted, simsiam = read_config(tmp_path / "fitted"), read_config(tmp_path / "simsiam")
-    assert (fitted.model, fitted.augment.size) == (simsiam.model, 20)
 
 
 def test_packed_images_train_like_their_files(

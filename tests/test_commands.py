@@ -74,7 +74,6 @@ train --data ONE => ONE has 1 image; training needs at least 2
 train --offline --data imagenette --data-root EMPTY --out OUT => imagenette: no copy found
 train --cache-dir CORRUPT/broken.png --data folder:IMAGES --size 8 --out OUT => --cache-dir
 train --config /nowhere.yaml => nowhere
-train --frozen-run /nowhere --out OUT => nowhere
 train --epochs 0 => epochs: 0 is not accepted; it must be at least 1
 train --epochs one => --epochs: 'one' is not accepted; it must be an integer
 train --batch-size 100000 --out OUT => batch_size: 100000

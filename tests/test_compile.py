@@ -71,8 +71,7 @@ def test_no_compiler_is_one_line(
 
 @pytest.mark.soak
 @pytest.mark.parametrize(
-    "options",
-    ["--method simsiam", "--ema 0.9", "--local-views 1 --local-size 8", "--frozen-run FROZEN"],
+    "options", ["--method simsiam", "--ema 0.9", "--local-views 1 --local-size 8"]
 )
 def test_the_compiler_itself(
     options: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -84,9 +83,6 @@ def test_the_compiler_itself(
         "--projector-hidden 16 "
         "--predictor-hidden 16 --device cpu --workers 0 --log-every 1 --quiet --lr 0.0001"
     )
-    if "FROZEN" in options:
-        assert run(f"{small} --method simsiam --out {tmp_path / 'frozen'}", capsys)[0] == 0
-        options = options.replace("FROZEN", str(tmp_path / "frozen"))
     assert run(f"{small} {options} --out {tmp_path / 'plain'}", capsys)[0] == 0
     assert run(f"{small} {options} --out {tmp_path / 'run'} --compile", capsys)[0] == 0
     _same_training(tmp_path, steps=5)

@@ -32,7 +32,7 @@ from vi_simsiam.errors import InputError
 from vi_simsiam.settings import read_settings, updated
 
 VARIANT = TrainConfig(
-    frozen_run=Path("runs/a"),
+    init=Path("runs/a"),
     images=100,
     held_out=0.2,
     loss=LossConfig(concentration="global", concentration_max=1e5),
@@ -124,7 +124,7 @@ def test_a_run_finds_its_data_from_any_folder(
         ("photos", f"folder:{tmp_path / 'photos'}"),
     ):
         assert TrainConfig(data=given).located().data == located
-    assert VARIANT.located().frozen_run == tmp_path / "runs" / "a"
+    assert VARIANT.located().init == tmp_path / "runs" / "a"
 
 
 CONSTANT = {"concentration": "constant", "concentration_value": 2.0}
@@ -132,7 +132,6 @@ ZERO = CONSTANT | {"concentration_value": 0.0}
 CROSSED = {"concentration_max": 3.0, "concentration_min": 4.0}
 BOUNDED = LossConfig(concentration_max=9.0)
 SIMSIAM = {"method": "simsiam"}
-FROZEN = {"frozen_run": Path("runs/a")}
 LOCAL = {"model": ModelConfig(local_predictor=True)}
 EQUAL = {"augment": AugmentConfig(local_views=2, local_size=224)}
 
@@ -146,9 +145,6 @@ EQUAL = {"augment": AugmentConfig(local_views=2, local_size=224)}
         (LossConfig, CONSTANT | {"concentration_max": 9.0}, "concentration_max: 9.0 is .* None"),
         (TrainConfig, SIMSIAM | {"loss": LossConfig(**CONSTANT)}, "concentration: constant is"),
         (TrainConfig, SIMSIAM | {"loss": BOUNDED}, "concentration_max: 9"),
-        (TrainConfig, SIMSIAM | FROZEN, "frozen_run: runs/a is .* vi-simsiam"),
-        (TrainConfig, FROZEN | {"ema": 0.9}, "ema: 0.9 is .* frozen_run"),
-        (TrainConfig, FROZEN | {"loss": LossConfig("shuffled")}, "concentration: .* frozen_run"),
         (TrainConfig, LOCAL, "local_predictor: True is"),
         (TrainConfig, LOCAL | EQUAL, "local_predictor: True is"),
         (ModelConfig, {"stem": "small", "pretrained": True}, "pretrained: .* stem 'imagenet'"),
@@ -187,7 +183,7 @@ def test_settings_stand_side_by_side_or_in_their_parts(tmp_path: Path) -> None:
         ("augment: 3", "config: augment: 3 is not accepted; it must hold settings by name"),
         ("augment:", "config: augment: None is not accepted"),
         ("data_root: 3", "data_root: 3 is not accepted; it must be a path"),
-        ("frozen_run: [a]", "frozen_run: ['a'] is not accepted; it must be a path"),
+        ("init: [a]", "init: ['a'] is not accepted; it must be a path"),
         ("epochs: many", "epochs: 'many' is not accepted; it must be an integer"),
         ("lr: fast", "lr: 'fast' is not accepted; it must be a number"),
         ("crop_scale: [0.2]", r"crop_scale: (0.2,) is not accepted; it must be 2 numbers"),

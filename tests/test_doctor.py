@@ -21,7 +21,7 @@ from PIL import Image
 from test_trainer import QUIET, Watched, config, metrics, train
 
 from vi_simsiam.cli import main
-from vi_simsiam.config import LossConfig, TrainConfig
+from vi_simsiam.config import LossConfig, ModelConfig, TrainConfig
 from vi_simsiam.engine.checkpoint import Checkpoint, load_last
 from vi_simsiam.engine.doctor import diagnose
 from vi_simsiam.engine.processes import locked
@@ -127,6 +127,14 @@ def test_a_constant_kappa_does_not_run_away(tmp_path: Path) -> None:
     assert not diagnose(log(tmp_path / "run", *[{"kappa": 60.0}] * 3, settings=settings)).findings
 
 
+def test_a_fitted_run_has_remedies_of_its_command(tmp_path: Path) -> None:
+    """The encoder is given, and with it the rank of the targets."""
+    settings = TrainConfig(model=ModelConfig(projector="standardised"))
+    lines = [{"kappa": 60.0, "effective_rank": 1.2}] * 3
+    (found,) = diagnose(log(tmp_path / "run", *lines, settings=settings)).findings
+    assert (found.name, found.remedy) == ("kappa runs away", "more --epochs than 20")
+
+
 def test_a_run_that_stopped_has_the_way_in_which_it_did(tmp_path: Path) -> None:
     """A signal lets the training save where it stops; nothing lets it after SIGKILL."""
     rates = curve("lr", *[0.012] * STEPS)
@@ -154,6 +162,21 @@ def test_only_the_checkpoint_shows_that_a_run_is_finished(tmp_path: Path) -> Non
     os.utime(folder / "metrics.jsonl")
     (folder / "checkpoint-00000200.safetensors").write_text("damaged")
     assert diagnose(folder).title.endswith("finished"), "at once, and whatever became of the file"
+
+
+def test_a_damaged_checkpoint_of_version_0_1_is_a_finding(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It holds its step itself; the rest of the diagnosis is made without it."""
+    folder = log(tmp_path / "run", *curve("z_std", *[0.1] * 5))
+    (folder / "checkpoint.pt").write_bytes(b"PK, and then nothing")
+    damage, collapse = diagnose(folder).findings
+    assert damage.name == "the weights are damaged"
+    assert f"{folder / 'checkpoint.pt'} cannot be read" in damage.figure
+    assert damage.remedy.endswith(f"vi-simsiam train --out {folder} --overwrite")
+    assert collapse.name.startswith("collapsed")
+    assert main(["doctor", str(folder)]) == 1
+    assert "the weights are damaged" in capsys.readouterr().out
 
 
 def test_a_lock_separates_a_run_in_progress_from_a_killed_one(

@@ -21,8 +21,9 @@ from vi_simsiam.data.files import find_images
 from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.engine import forward
 from vi_simsiam.engine.forward import nearest
-from vi_simsiam.inference import embed, label_free
-from vi_simsiam.inference.embed import Table, draw_ranking, write_ranking
+from vi_simsiam.inference import embed, label_free, ranking
+from vi_simsiam.inference.embed import Table
+from vi_simsiam.inference.ranking import draw_ranking, write_ranking
 
 CPU = torch.device("cpu")
 
@@ -214,14 +215,14 @@ def test_the_least_certain_comes_first(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("by", ["embedding_norm", "knn_distance", "mahalanobis"])
+@pytest.mark.parametrize("by", ["embedding_norm", "layer2_norm", "knn_distance", "mahalanobis"])
 def test_simsiam_is_ranked_by_label_free_scores(
     by: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Short embeddings and large distances come first, in the file and in the picture."""
     drawn: list[tuple[str, list[tuple[Image.Image, str]]]] = []
     monkeypatch.setattr(
-        embed, "thumbnails", lambda groups: drawn.extend(groups) or Image.new("L", (1, 1))
+        ranking, "thumbnails", lambda groups: drawn.extend(groups) or Image.new("L", (1, 1))
     )
     simsiam, out = save_run(tmp_path / "simsiam", "simsiam"), tmp_path / "ranking"
     command = ["rank", str(simsiam), str(folder), "--by", by, "-k", "1", "--out", str(out)]
@@ -229,7 +230,7 @@ def test_simsiam_is_ranked_by_label_free_scores(
     rows = list(csv.DictReader(out.with_suffix(".csv").open()))
     assert len(rows) == 9
     assert list(rows[0]) == ["rank", "path", by]
-    rises = by != "embedding_norm"
+    rises = not by.endswith("_norm")
     values = [float(row[by]) for row in rows]
     assert values == sorted(values, reverse=rises)
     assert values[0] != values[-1]
@@ -257,6 +258,7 @@ def test_label_free_columns_by_their_definitions(
         columns = parquet.read_table(out).to_pydict()
         rows = np.array(columns["embedding"])
         among = rows if own else keys
+        np.testing.assert_allclose(columns["layer4_norm"], columns["embedding_norm"], rtol=1e-5)
         found = [columns[name] for name in ("embedding_norm", "knn_distance", "mahalanobis")]
         similar = cosines(rows, among)
         if own:
@@ -288,7 +290,7 @@ def test_a_set_of_equal_images_has_no_distances(run: Path, tmp_path: Path) -> No
 def test_the_picture_shows_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """The extreme one first, the images' own pixels, and kappa/(D - 1) in the captions."""
     drawn: list[tuple[str, list[tuple[Image.Image, str]]]] = []
-    monkeypatch.setattr(embed, "thumbnails", drawn.extend)
+    monkeypatch.setattr(ranking, "thumbnails", drawn.extend)
     kappa = [50, 0, 123456, 4.849, 0.0312]
     draw_ranking(table(kappa), "kappa", np.array(kappa), 11, 9)
     assert [title.split(":")[0] for title, _ in drawn] == ["Least certain", "Most certain"]
@@ -322,6 +324,12 @@ def test_thumbnails_take_rows_of_eight() -> None:
         ("rank RUN IMAGES --out OUT/x", "OUT is no folder; make it first"),
         ("rank RUN IMAGES/000.png --out OUT --by knn_distance", "needs at least 2 images"),
         ("rank SIMSIAM IMAGES --out OUT", "is SimSiam, which predicts no concentration"),
+        (
+            "rank SIMSIAM IMAGES --out OUT --by norm",
+            "by: 'norm' is none of embedding_norm, layer1",
+        ),
+        ("rank RUN IMAGES --out OUT --by stage1_norm", "by: 'stage1_norm' is none of kappa"),
+        ("rank RUN IMAGES --out OUT --by neighbour_agreement", "is one run, and not a folder"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(

@@ -22,6 +22,7 @@ from vi_simsiam.inference.encoder import Encoder, Encoding
 from vi_simsiam.inference.product import product_of_experts
 from vi_simsiam.models import VISimSiam
 from vi_simsiam.ops.augment import eager_augment
+from vi_simsiam.stages import RESNET
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +62,22 @@ def test_encoding_is_that_of_the_models_modules(encoder: Encoder, folder: Path) 
         prediction = model.predictor(projection)
         kappa = model.concentration(prediction)
         distribution = model.distribution(views)
+        norms, maps = {}, views
+        for name, layer in model.backbone.named_children():
+            maps = layer(maps) if name not in ("avgpool", "fc") else maps
+            norms |= {name: maps.mean((2, 3)).norm(dim=1)} if name in RESNET else {}
     mean = prediction[:, :DIM]
     expected = Encoding(
-        embedding, projection, mean / mean.norm(dim=1)[:, None], mean.norm(dim=1), kappa
+        embedding, projection, mean / mean.norm(dim=1)[:, None], mean.norm(dim=1), kappa, norms
     )
     assert_same(encoding, expected)
+    torch.testing.assert_close(encoding.layer_norms["layer4"], embedding.norm(dim=1))
     # 1 - E[mu.z]: E[z] is the distribution's mean.
     uncertainty = 1 - (distribution.mean * distribution.loc).sum(1)
     torch.testing.assert_close(encoding.uncertainty, uncertainty)
     assert kappa.max() > 1.2 * kappa.min(), "the test's images must differ"
-    assert not any(column.requires_grad for column in vars(encoding).values())
+    *columns, norms = vars(encoding).values()
+    assert not any(column.requires_grad for column in (*columns, *norms.values()))
 
 
 @pytest.mark.parametrize(("batch_size", "views"), [(1, None), (4, None), (4, 3)])
@@ -94,7 +101,9 @@ def test_every_kind_of_image_gives_the_same(encoder: Encoder, folder: Path) -> N
         viewed(folder).double(),
     ):
         assert_same(encoder.encode(images), expected)
-    first = Encoding(*(column[:1] for column in vars(expected).values()))
+    *columns, norms = vars(expected).values()
+    norms = {name: norm[:1] for name, norm in norms.items()}
+    first = Encoding(*(column[:1] for column in columns), layer_norms=norms)
     for image in (paths[0], opened[0]):
         assert_same(encoder.encode(image), first)
 
@@ -123,6 +132,8 @@ def test_several_views_are_joined(encoder: Encoder) -> None:
     torch.testing.assert_close(joined.concentration, expected_concentration)
     torch.testing.assert_close(joined.embedding, sum(e.embedding for e in each) / 4)
     torch.testing.assert_close(joined.loc_norm, sum(e.loc_norm for e in each) / 4)
+    norms = sum(e.layer_norms["layer2"] for e in each) / 4
+    torch.testing.assert_close(joined.layer_norms["layer2"], norms)
     copies = encoder.encode(views[:, :1].expand(-1, 4, -1, -1, -1))
     # From a batch of twelve, whose convolutions may be summed in another order than those of three.
     torch.testing.assert_close(copies.concentration, 4 * each[0].concentration, rtol=1e-5, atol=0)

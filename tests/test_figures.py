@@ -38,7 +38,7 @@ from vi_simsiam.evaluation.figures import (
 from vi_simsiam.evaluation.scores import DESCRIPTIONS
 from vi_simsiam.evaluation.style import STYLE
 from vi_simsiam.evaluation.uncertainty_figures import draw_uncertainty
-from vi_simsiam.inference.embed import extremes
+from vi_simsiam.inference.ranking import extremes
 
 
 @pytest.fixture

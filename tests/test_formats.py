@@ -16,6 +16,7 @@ import torch
 from evaluation_cases import skip_rendering
 from rich.console import Console
 
+import vi_simsiam
 from vi_simsiam.benchmarks.report import fill
 from vi_simsiam.cli import main
 from vi_simsiam.config import SOFTPLUS, TrainConfig, flat
@@ -27,6 +28,7 @@ from vi_simsiam.engine.train import Trainer
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.results import ACCURACIES, accuracies, read_result, unpack_bits
 from vi_simsiam.experiments.results import Experiment, collect
+from vi_simsiam.settings import read_settings, updated
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CONFIGS: dict[str, dict[str, Any]] = json.loads((FIXTURES / "configs.json").read_text())
@@ -61,6 +63,22 @@ def test_a_checkpoint_gives_its_weights(run: Path) -> None:
     assert bias.tolist() == pytest.approx(expected + 7 * [0.0], abs=1e-4)
     total = sum(float(value.double().sum()) for value in model.state_dict().values())
     assert total == pytest.approx(87.5225598)
+
+
+def test_a_concentration_above_a_frozen_run_is_a_detached_one(small_network: None) -> None:
+    images = (np.arange(2 * 12 * 12 * 3) % 256).astype(np.uint8).reshape(2, 12, 12, 3)
+    encoder = vi_simsiam.load(FIXTURES / "run-3", "cpu")
+    found = encoder.encode(images)
+    assert encoder.config.loss.concentration == "detached"
+    assert found.concentration.tolist() == pytest.approx([8.5268, 7.3241], rel=1e-4)
+    assert found.loc[:, 0].tolist() == pytest.approx([0.3007, 0.3003], rel=1e-3)
+    settings = read_settings(FIXTURES / "run-3" / "config.json")
+    with pytest.raises(InputError, match="no setting is called 'frozen_run'"):
+        updated(TrainConfig(), settings)  # it would train another network
+    loss = {"concentration": "global"}
+    plain = json.loads((FIXTURES / "run-3" / "config.json").read_text())
+    shared = TrainConfig.from_dict(plain | {"loss": plain["loss"] | loss})
+    assert shared.loss.concentration == "global", "a number for all images has no other layer"
 
 
 def test_a_run_goes_on_to_its_end(run: Path) -> None:
@@ -138,6 +156,7 @@ def test_saved_configurations_keep_their_values(version: str, preset: str, tmp_p
         return
     config = read_config(tmp_path)
     found, saved = flat(config.to_dict()), flat(plain)
+    assert saved.pop("frozen_run", None) is None  # no option any more
     assert json.loads(json.dumps({name: found[name] for name in saved})) == saved
     if "cosine_weight" not in plain["loss"]:  # the likelihood alone was the only loss
         assert config.loss.cosine_weight == 0

@@ -226,8 +226,3 @@ def test_predictors_share_what_is_one_for_all() -> None:
 def test_numbers_that_do_not_fit_are_named(options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=f"concentration_{message}"):
         model(**{f"concentration{name}": value for name, value in options.items()})
-
-
-def test_only_a_concentration_with_its_own_layer_can_be_frozen_around() -> None:
-    with pytest.raises(InputError, match="frozen: the concentration has no layer of its own"):
-        model().freeze()

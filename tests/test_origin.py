@@ -24,7 +24,6 @@ from vi_simsiam.experiments import seeds
 
 ON_CPU = ["--device", "cpu", "--workers", "0"]
 OPTIONS = ["--epochs", "1", "--batch-size", "8", "--size", "8", *ON_CPU, "--quiet"]
-WORDS = {"init": "them", "frozen_run": "that run"}
 NOT_OWN = "but this user has not trained it here, or its configuration was changed since"
 pytestmark = pytest.mark.usefixtures("small_runs")
 
@@ -132,7 +131,7 @@ def test_commands_without_its_images_take_a_foreign_run(
     assert not (trained / "cache").exists()
 
 
-@pytest.mark.parametrize("name", ["data", "data_root", "cache_dir", "frozen_run"])
+@pytest.mark.parametrize("name", ["data", "data_root", "cache_dir", "init"])
 def test_an_edited_place_makes_a_run_foreign(name: str, own: Path) -> None:
     config = read_config(own)
     assert is_own(own, places(config))
@@ -140,6 +139,14 @@ def test_an_edited_place_makes_a_run_foreign(name: str, own: Path) -> None:
     assert not is_own(own, places(dataclasses.replace(config, **{name: value})))
     other = dataclasses.replace(config, epochs=7, device="cuda")
     assert is_own(own, places(other)), "other settings are no places"
+
+
+def test_a_mark_of_an_earlier_version_is_one(own: Path) -> None:
+    plain = json.loads((own / "config.json").read_text())
+    mark(own, {name: plain[name] for name in ("data", "data_root", "cache_dir")})
+    assert not is_own(own, places(read_config(own)))
+    mark(own, {n: plain.get(n) for n in ("data", "data_root", "cache_dir", "frozen_run")})
+    assert is_own(own, places(read_config(own)))
 
 
 def test_the_embedded_images_are_no_place(tmp_path: Path) -> None:
@@ -236,25 +243,23 @@ def test_settings_of_a_foreign_run_name_no_places(
     assert main(named) == 0
     assert not (trained / "cache").exists()
     assert read_config(tmp_path / "new").cache_dir is None
-    config = dataclasses.replace(read_config(run), frozen_run=trained / "run")
+    config = dataclasses.replace(read_config(run), init=trained / "run")
     (run / "config.json").write_text(json.dumps(config.to_dict()))
     assert main([*named, "--overwrite"]) == 2
-    assert refusal(capsys).endswith(f"{NOT_OWN}; name that run with --frozen-run")
+    assert refusal(capsys).endswith(f"{NOT_OWN}; name them with --init")
 
 
-@pytest.mark.parametrize("field", ["init", "frozen_run"])
 def test_a_foreign_run_that_begins_anew_names_no_weights(
-    field: str, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It was ended before its first checkpoint, so that resuming it would load the weights."""
     images = read_config(own).data
-    config = dataclasses.replace(read_config(own), **{field: tmp_path / "theirs"})
+    config = dataclasses.replace(read_config(own), init=tmp_path / "theirs")
     (own / "config.json").write_text(json.dumps(config.to_dict()))
     for file in [*checkpoints(own), *own.glob("metrics.jsonl")]:
         file.unlink()
     assert main(["train", "--out", str(own), "--resume", "--data", images]) == 2
-    option = field.replace("_", "-")
-    assert refusal(capsys).endswith(f"{NOT_OWN}; name {WORDS[field]} with --{option}")
+    assert refusal(capsys).endswith(f"{NOT_OWN}; name them with --init")
 
 
 def test_seeds_go_on_only_with_options_that_were_given_here(

@@ -22,6 +22,7 @@ from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.engine.checkpoint import Checkpoint
 from vi_simsiam.engine.knn import KnnConfig
 from vi_simsiam.errors import InputError
+from vi_simsiam.evaluation.comparisons import comparisons
 from vi_simsiam.evaluation.corruptions import MAGNITUDES
 from vi_simsiam.evaluation.figures import certainty
 from vi_simsiam.evaluation.knn import evaluate_knn
@@ -34,7 +35,6 @@ from vi_simsiam.evaluation.report import (
     write_report,
 )
 from vi_simsiam.evaluation.scores import DESCRIPTIONS
-from vi_simsiam.evaluation.uncertainty import comparisons
 
 
 class Page(HTMLParser):

@@ -26,7 +26,7 @@ from vi_simsiam.distributions import PowerSpherical
 from vi_simsiam.engine import forward
 from vi_simsiam.engine.forward import random_views
 from vi_simsiam.errors import InputError
-from vi_simsiam.evaluation import metrics, scores
+from vi_simsiam.evaluation import metrics
 from vi_simsiam.evaluation.logistic import LogisticProbe
 from vi_simsiam.evaluation.metrics import calibration
 from vi_simsiam.evaluation.scores import (
@@ -38,6 +38,7 @@ from vi_simsiam.evaluation.scores import (
     views_of,
 )
 from vi_simsiam.models import VISimSiam
+from vi_simsiam.stages import RESNET
 
 
 def coloured(count: int = 9, side: int = 20) -> NDArray[np.uint8]:
@@ -71,7 +72,7 @@ def test_one_pass_gives_the_lengths_of_all_features() -> None:
         inner = views
         for name, layer in model.backbone.named_children():
             inner = layer(inner) if name not in ("avgpool", "fc") else inner
-            if name in scores.LAYERS:
+            if name in RESNET:
                 norms[name] = inner.mean((2, 3)).norm(dim=1)
         norms["embedding"] = (embedding := model.backbone(views)).norm(dim=1)
         norms["projection"] = (projection := model.projector(embedding)).norm(dim=1)

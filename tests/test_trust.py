@@ -88,6 +88,10 @@ WAYS: dict[str, Callable[[Path, Path], list[str]]] = {
     "rank": lambda run, images: ["rank", str(run), str(images), *ON_CPU],
     "export": lambda run, images: ["export", str(run), "--format", "torchvision"],
     "resume": lambda run, images: ["train", "--resume", "--out", str(run), "--data", str(images)],
+    "init": lambda run, images: [
+        *("train", "--init", str(run), "--out", f"{run}-new", "--data", str(images)),
+        *("--batch-size", "2", *ON_CPU),
+    ],
 }
 
 
@@ -122,17 +126,6 @@ def test_no_checkpoint_executes_from_python(
     for open_run in (load, load_run):
         with pytest.raises(InputError, match="cannot be read"):
             open_run(run, device="cpu")
-
-
-def test_no_frozen_run_executes(
-    saved: Path, trap: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = save_run(tmp_path / "simsiam", "simsiam")
-    replace_checkpoint(run, FORMER, archived(trap))
-    options = ["--frozen-run", str(run), "--out", str(tmp_path / "new"), "--quiet"]
-    assert main(["train", *options, "--images", "64", "--batch-size", "32"]) == 2
-    one_line(capsys, FORMER)
-    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("name", ["x.npz", "x.npy", "x.pkl", "x.pt", "x.pack", "x.onnx"])

@@ -29,17 +29,18 @@ from vi_simsiam.engine.forward import random_views
 from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation import uncertainty
+from vi_simsiam.evaluation.comparisons import comparisons
 from vi_simsiam.evaluation.corruptions import LEVELS, MAGNITUDES, corrupt
 from vi_simsiam.evaluation.figures import certainty
 from vi_simsiam.evaluation.foreign import builtin_sets
 from vi_simsiam.evaluation.metrics import level_trend
 from vi_simsiam.evaluation.scores import image_scores
-from vi_simsiam.evaluation.uncertainty import comparisons, evaluate_uncertainty
+from vi_simsiam.evaluation.uncertainty import evaluate_uncertainty
 
 TINY_SCORES = {
-    "kappa", "embedding_norm", "projection_norm", "prediction_norm", "view_agreement",
-    "knn_distance", "mahalanobis", "mahalanobis_label_free", "softmax", "energy", "edge_energy",
-    "contrast", "jpeg_size",
+    "kappa", "embedding_norm", "stage1_norm", "stage2_norm", "projection_norm", "prediction_norm",
+    "view_agreement", "knn_distance", "mahalanobis", "mahalanobis_label_free", "softmax", "energy",
+    "edge_energy", "contrast", "jpeg_size",
 }  # fmt: skip
 
 
@@ -122,7 +123,7 @@ def test_figures_are_those_of_the_concentrations(run: Run, result: dict[str, Any
 
     assert isinstance(run.splits.val, ArraySource)
     kappa = concentrations(run, run.splits.val)
-    noise_source, digits = (each.source for each in builtin_sets(8, 40, 0))
+    noise_source, digits = (each.source for each in builtin_sets(run.config, 40, 0))
     digit = np.rint(load_digits().images[0] * 255 / 16)
     np.testing.assert_array_equal(np.asarray(digits.image(0))[..., 0], digit)
     noise = concentrations(run, noise_source)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import os
 import shutil
 import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from graph_cases import with_stand_in
@@ -18,13 +16,11 @@ from test_trainer import QUIET, Watched, checkpoint, config, metrics, same, trai
 from torch.nn.parallel import DistributedDataParallel
 
 from vi_simsiam import models
-from vi_simsiam.config import SOFTPLUS, AugmentConfig, LossConfig, ModelConfig, TrainConfig
-from vi_simsiam.engine.checkpoint import checkpoints
+from vi_simsiam.config import AugmentConfig, LossConfig, ModelConfig, TrainConfig
 from vi_simsiam.engine.network import OWN_BUFFERS
 from vi_simsiam.engine.run import load_run
 from vi_simsiam.engine.step import TrainStep
 from vi_simsiam.engine.train import Trainer
-from vi_simsiam.errors import InputError
 from vi_simsiam.models import SimSiam, VISimSiam, build_model
 
 pytestmark = pytest.mark.usefixtures("small_network")
@@ -214,67 +210,6 @@ def test_local_views_have_their_own_predictor(image_folder: Path) -> None:
         sum(p.square().sum() for p in model(given).predictions[2:]).backward()  # type: ignore[union-attr]
         assert all(p.grad is not None for p in model.local_predictor.parameters())
         assert all(p.grad is None for p in model.predictor.parameters())
-
-
-@pytest.mark.parametrize(("concentration", "ema"), [("sample", None), ("global", 0.9)])
-def test_a_frozen_network_stays_and_its_concentration_fits(
-    image_folder: Path, tmp_path: Path, concentration: str, ema: float | None
-) -> None:
-    """Weights and running statistics stay bit for bit, and the negative log-likelihood falls."""
-    train(config(image_folder, method="simsiam", ema=ema), tmp_path / "simsiam")
-    # kappa/(D - 1) starts near 3.5, far above what such a short training can use.
-    loss = dataclasses.replace(SOFTPLUS, concentration=concentration, concentration_scale=155.0)  # type: ignore[arg-type]
-    settings = config(image_folder, frozen_run=tmp_path / "simsiam", loss=loss, epochs=5, lr=0.1)
-    trainer = Trainer(settings, tmp_path / "frozen", console=QUIET)
-    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    trainer.fit()
-    before_freezing = weights(tmp_path / "simsiam").items()
-    saved = {n.replace("predictor.3", "predictor.3.mean"): v for n, v in before_freezing}
-    after = trainer.model.state_dict()
-    fitted = {name for name in after if "concentration" in name}
-    network = {name: value for name, value in after.items() if name not in fitted}
-    assert same({n: v for n, v in saved.items() if not n.startswith("target.")}, network)
-    assert all(not torch.equal(before[name], after[name]) for name in fitted)
-    losses = [line["loss"] for line in metrics(tmp_path / "frozen")]
-    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.5
-    assert not any(module.training for module in trainer.model.modules())
-    run = load_run(tmp_path / "frozen", device="cpu")
-    assert same(run.model.state_dict(), after)
-
-
-def test_a_frozen_run_is_resumed_without_the_run_it_came_from(
-    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train(config(image_folder, method="simsiam", epochs=1), tmp_path / "simsiam")
-    settings = config(image_folder, frozen_run=tmp_path / "simsiam")
-    train(settings, tmp_path / "whole")
-    trainer = Trainer(settings, tmp_path / "parts", console=QUIET)
-    monkeypatch.setattr(trainer.saver, "due", lambda: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        trainer.fit()
-    shutil.rmtree(tmp_path / "simsiam")
-    train(settings, tmp_path / "parts", resume=True)
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
-
-
-def test_what_cannot_be_frozen_is_named(image_folder: Path, tmp_path: Path) -> None:
-    train(config(image_folder, epochs=1), tmp_path / "vi")
-    for name in ("simsiam", "short"):
-        train(config(image_folder, method="simsiam", epochs=1), tmp_path / name)
-    kept = checkpoint(tmp_path / "short")
-    short = {name: value for name, value in kept.model.items() if name != "predictor.0.weight"}
-    dataclasses.replace(kept, model=short).save(checkpoints(tmp_path / "short")[0])
-    wider = ModelConfig(dim=48, projector_hidden=32, predictor_hidden=16)
-    for name, changes, message in (
-        ("nothing", {}, "nothing holds no run"),
-        ("vi", {}, "vi is a run of vi-simsiam; it must be one of simsiam"),
-        ("simsiam", {"model": wider}, "the model of .*simsiam is another one; dim: 32 -> 48$"),
-        ("short", {}, "the checkpoint of .*short does not fit the model"),
-    ):
-        settings = config(image_folder, frozen_run=tmp_path / name, **changes)
-        with pytest.raises(InputError, match=f"frozen_run: .*{message}"):
-            Trainer(settings, tmp_path / "a", console=QUIET)
-    assert not (tmp_path / "a").exists()
 
 
 def test_a_run_trains_on_its_selection(image_folder: Path, tmp_path: Path) -> None:

@@ -40,13 +40,12 @@ def test_a_problem_begins_once_and_ends() -> None:
 
 
 DEAD, LOW, CLOSE = {"kappa": 0.01}, {"cosine": 0.02}, {"kappa_best": 1e6, "cosine": 1.0}
-FROZEN = TrainConfig(frozen_run=Path("runs/simsiam"))
+FITTED = TrainConfig(model=ModelConfig(projector="standardised"))
 SLOW = TrainConfig(epochs=20, warmup_epochs=10.0)
 BOUNDED = TrainConfig(loss=LossConfig(concentration_max=0.8 * 2047))
 SCALE_D = TrainConfig(loss=LossConfig(concentration_scale=2047.0))
 SCALE_1 = TrainConfig(loss=LossConfig(concentration_scale=1.0))
 LARGER_CROPS = TrainConfig(augment=AugmentConfig(crop_scale=(0.5, 1.0)))
-FROZEN_NETWORK = TrainConfig(frozen_run=Path("runs/simsiam"), loss=SOFTPLUS)
 DETACHED = TrainConfig(loss=LossConfig(concentration="detached", cosine_weight=0.0))
 CONSTANT = TrainConfig(
     loss=dataclasses.replace(SOFTPLUS, concentration="constant", concentration_value=0.01)
@@ -80,8 +79,10 @@ CONSTANT = TrainConfig(
         # Only kappa with the default scale should follow the best one.
         (SCALE_D, [DEAD] * 10, "dead since step 10"),
         (SCALE_1, [DEAD] * 10, "learned: "),
-        (FROZEN, [LOW] * 20, "kappa fitted: kappa/(D-1) 2.3 at a mean cosine of 0.02"),
-        (FROZEN, [DEAD] * 10, "dead since step 10"),
+        # An encoder that is given does not collapse.
+        (FITTED, [{"z_std": 0.1, "projection_spread": 0.004}] * 10, "learned: cosine 0.70"),
+        (FITTED, [LOW] * 10, "not learning since step 10"),
+        (FITTED, [DEAD] * 10, "dead since step 10"),
     ],
 )
 def test_a_state_is_named_with_its_step_and_figure(
@@ -90,7 +91,7 @@ def test_a_state_is_named_with_its_step_and_figure(
     found = health(config, *lines)
     assert found.line.startswith(start)
     assert "\n" not in found.line
-    assert ("try " in found.line) == (not start.startswith(("learned", "kappa fitted")))
+    assert ("try " in found.line) == (not start.startswith("learned"))
     state, since, step = start.partition(":")[0].partition(" since step ")
     assert found.state == (state if since else "learning")
     assert found.short == (f"{state} since step {step}" if since else "")
@@ -104,7 +105,8 @@ def test_a_state_is_named_with_its_step_and_figure(
         (TrainConfig(), DEAD, "try a smaller --lr than 0.0125, --clip-norm 1", "--conc"),
         (TrainConfig(clip_norm=1.0), DEAD, "or another --seed", "--clip-norm"),
         (TrainConfig(loss=SOFTPLUS), DEAD, "--concentration-link quadratic", "--lr"),
-        (FROZEN_NETWORK, DEAD, "more --epochs than 100 or a larger --lr", "--seed"),
+        (FITTED, DEAD, "try more --epochs than 100", "--lr"),
+        (FITTED, {"cosine": 0.0}, "try more --epochs than 100", "--crop-scale"),
         (DETACHED, DEAD, "--clip-norm 1 or another --seed", "--cosine-weight"),
         (CONSTANT, DEAD, "try a larger --concentration-value than 0.01", "--lr"),
     ],

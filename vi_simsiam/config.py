@@ -107,9 +107,6 @@ class TrainConfig:
     init: Path | None = None
     """Weights that the backbone begins with: a run, or a state dict as .safetensors, .pth, .pt or
     .tar; with or without a prefix of its names."""
-    frozen_run: Path | None = None
-    """A finished SimSiam run: its network stays fixed, and only the concentration is fitted to
-    it."""
     seed: int = limited(0, SEED)
     workers: int | None = limited(None, at_least(0))
     """Processes that prepare views on a CPU, and that read images for evaluation; None for a number
@@ -164,19 +161,17 @@ class TrainConfig:
             accepted = "method vi-simsiam; simsiam predicts no concentration"
             require("concentration", kind, kind == "sample", accepted)
             require("concentration_max", maximum, maximum is None, accepted)
-            require("frozen_run", self.frozen_run, self.frozen_run is None, accepted)
-        if self.frozen_run is not None:
-            fits = kind in ("sample", "global")
-            require("concentration", kind, fits, "sample or global with frozen_run")
-            accepted = "None with frozen_run, whose network does not move"
-            require("ema", self.ema, self.ema is None, accepted)
         if self.init is not None:
-            apart = self.frozen_run is None and not self.model.pretrained
-            require("init", self.init, apart, "None with pretrained or frozen_run")
+            require("init", self.init, not self.model.pretrained, "None with pretrained")
         has_local = self.augment.local_views > 0 and self.augment.local_size < self.augment.size
         local = self.model.local_predictor
         accepted = "False without local views smaller than the others"
         require("local_predictor", local, has_local or not local, accepted)
+
+    @property
+    def fitted(self) -> bool:
+        """True for a run of `fit_concentration`, whose encoder stays as it is."""
+        return self.model.projector == "standardised"
 
     @property
     def loss_scale(self) -> float:
@@ -211,6 +206,7 @@ class TrainConfig:
         """
         try:
             values = dict(with_former_loss(plain))
+            values.pop("frozen_run", None)
             for name, kind in PARTS.items():
                 if name in values:
                     values[name] = kind(**tuples(values[name]))
@@ -230,7 +226,7 @@ PARTS: dict[str, type[Any]] = {
     "decode": DecodeConfig, "augment": AugmentConfig, "model": ModelConfig, "loss": LossConfig,
 }  # fmt: skip
 """The parts of a configuration."""
-_PATHS = {"data_root": Path("data"), "cache_dir": None, "init": None, "frozen_run": None}
+_PATHS = {"data_root": Path("data"), "cache_dir": None, "init": None}
 
 PLACE_FIELDS = {
     "workers", "device", "data_root", "offline", "cache_dir", "data_memory", "capture", "kernels",
@@ -269,16 +265,25 @@ def preset(name: str) -> TrainConfig:
 
 
 def with_former_loss(plain: dict[str, Any]) -> dict[str, Any]:
-    """Add link and cosine weight to a VI-SimSiam configuration saved before they were options.
+    """The configuration of a run of an earlier version, with the loss by the present options.
+
+    Link and cosine weight were no options then. With "frozen_run" the likelihood trained the
+    concentration alone, on top of that run's network: the model is that of "detached". The name of
+    the run stays, so that these settings are refused for a new training.
 
     Anything else is returned unchanged.
     """
     loss = plain.get("loss")
-    if plain.get("method") != "vi-simsiam" or "model" not in plain or not isinstance(loss, dict):
+    if "model" not in plain or not isinstance(loss, dict):
         return plain
     if not {"concentration_scale", "concentration_min", "loss_scale"} <= loss.keys():
         return plain  # a part of a configuration, not one that a run saved
+    plain = {name: value for name, value in plain.items() if (name, value) != ("frozen_run", None)}
+    if plain.get("method") != "vi-simsiam":
+        return plain
     former = {"concentration_link": SOFTPLUS.concentration_link, "cosine_weight": 0.0}
+    if "frozen_run" in plain and loss.get("concentration") == "sample":
+        loss = loss | {"concentration": "detached"}
     return plain | {"loss": former | loss}
 
 

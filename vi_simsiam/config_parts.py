@@ -267,7 +267,7 @@ class LossConfig:
     differs between images sooner, and swings more."""
     cosine_weight: float = limited(1.0, NOT_NEGATIVE)
     """Weight of SimSiam's loss beside the likelihood's; 0 for the paper's loss. No effect with
-    frozen-run or "detached"."""
+    "detached"."""
     loss_scale: float | None = limited(None, POSITIVE)
     """Factor on the likelihood's loss, or on SimSiam's; None for 1/(D - 1) with vi-simsiam and 1
     with simsiam."""

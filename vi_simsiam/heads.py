@@ -68,7 +68,6 @@ def concentration_head(
     start: bool = True,
     maximum: float | None = None,
     value: float | None = None,
-    frozen: bool = False,
 ) -> Callable[[int], list[nn.Module]]:
     """Returns what builds the last layers of a predictor from H, the width of its hidden layer.
 
@@ -82,7 +81,6 @@ def concentration_head(
         start: begin with kappa/(D - 1) of about 0.05, for a form of scale D - 1.
         maximum: concentration_max; None for no bound.
         value: kappa/(D - 1) of kind "constant".
-        frozen: fit the column to a network that stays as it is, by a layer of its own.
 
     Raises:
         InputError: the constant or the bound is not above the least kappa.
@@ -117,7 +115,7 @@ def concentration_head(
         last: nn.Module
         if shared is not None:
             last = SplitHead(hidden, dim, shared)
-        elif frozen or kind == "detached":
+        elif kind == "detached":
             # Without a random number, so that the layers made after it are SimSiam's; it learns
             # from zero as well.
             concentration = nn.utils.skip_init(nn.Linear, hidden, 1)

@@ -24,7 +24,7 @@ from vi_simsiam.config import Concentration, Link, Projector, Stem, TrainConfig
 from vi_simsiam.distributions import PowerSpherical, widen
 from vi_simsiam.errors import InputError
 from vi_simsiam.functional import cosine_loss
-from vi_simsiam.heads import SplitHead, concentration_head, new_projector, padded_linear
+from vi_simsiam.heads import concentration_head, new_projector, padded_linear
 from vi_simsiam.normalisation import Head, PerView, PerViewBatchNorm1d, count_batches
 from vi_simsiam.ops.multiview_loss import LossForm, multiview_loss
 
@@ -110,8 +110,6 @@ class SimSiam(nn.Module):
         self.local_predictor = new_predictor() if local_predictor else None
         self.target: nn.Sequential | None = None
         """Backbone and projector for the targets; None for the model's own. See `add_target`."""
-        self.frozen = False
-        """Stay in eval mode, also after `train()`. See `VISimSiam.freeze`."""
         self._collect_norms()
 
     def _collect_norms(self) -> None:
@@ -143,10 +141,6 @@ class SimSiam(nn.Module):
         change = list(torch._foreach_sub(leading, moving))
         torch._foreach_mul_(change, rate)
         torch._foreach_add_(moving, change)
-
-    def train(self, mode: bool = True) -> SimSiam:
-        """Set training mode as in torch; a frozen model stays in eval mode."""
-        return super().train(mode and not self.frozen)
 
     def forward(self, views: Sequence[Tensor], targets: int = 2) -> Output:
         """Predictions of all views and projections of the first `targets` ones.
@@ -269,7 +263,6 @@ class VISimSiam(SimSiam):
         concentration_min: lower bound of kappa.
         concentration_max: upper bound of kappa, approached smoothly; None for none.
         concentration_link, concentration_gain, cosine_weight: see `LossConfig`.
-        frozen: train the concentration only, see `freeze`.
         dim, predictor_hidden, others: as `SimSiam`.
 
     Raises:
@@ -288,7 +281,6 @@ class VISimSiam(SimSiam):
         concentration_link: Link = "quadratic",
         concentration_gain: float = 4.0,
         cosine_weight: float = 1.0,
-        frozen: bool = False,
         dim: int = 2048,
         predictor_hidden: int = 512,
         **others: Any,
@@ -311,42 +303,20 @@ class VISimSiam(SimSiam):
             start=concentration_scale is None,
             maximum=concentration_max,
             value=concentration_value,
-            frozen=frozen,
         )
         super().__init__(backbone, dim=dim, predictor_hidden=predictor_hidden, head=head, **others)
         self.parametrisation = concentration
         """Where the raw concentration comes from."""
         self.form = form
         self.cosine_weight = cosine_weight
-        if frozen:
-            self.freeze()
-
-    def freeze(self) -> None:
-        """Train the concentration only: other weights and running statistics stay as they are.
-
-        The model is in eval mode from then on.
-
-        Raises:
-            InputError: the concentration shares a layer with the mean direction.
-        """
-        heads = [module for module in self.modules() if isinstance(module, SplitHead)]
-        if not heads:
-            raise InputError(
-                "frozen: the concentration has no layer of its own; make the model with frozen=True"
-            )
-        self.requires_grad_(False)
-        for head in heads:
-            head.concentration.requires_grad_(True)
-        self.frozen = True
-        self.eval()
 
     def loss(self, output: Output, backend: str = "auto", loss_scale: float = 1.0) -> Tensor:
         """`loss_scale` times the likelihood's loss, in nats, plus `cosine_weight` times SimSiam's.
 
         With a "detached" concentration it is SimSiam's loss, which trains the network, plus
-        `loss_scale` times the likelihood's, which trains the concentration; a frozen model has the
-        likelihood's alone. "shuffled" concentrations are exchanged in training mode. Minimise this
-        scalar: with the link "quadratic" do not negate it.
+        `loss_scale` times the likelihood's, which trains the concentration. "shuffled"
+        concentrations are exchanged in training mode. Minimise this scalar: with the link
+        "quadratic" do not negate it.
         """
         predictions, direct, dim = output.predictions, None, self.dim
         if self.parametrisation == "detached":
@@ -360,7 +330,7 @@ class VISimSiam(SimSiam):
             predictions = tuple(
                 torch.cat((x[:, :dim], x[:, dim:].roll(len(x) // 2, 0)), 1) for x in predictions
             )
-        weight = 0.0 if direct is not None or self.frozen else self.cosine_weight
+        weight = 0.0 if direct is not None else self.cosine_weight
         form = dataclasses.replace(self.form, factor=loss_scale, cosine=weight)
         loss = multiview_loss(predictions, output.targets, form, backend=backend)
         return loss if direct is None else direct + loss
@@ -386,7 +356,6 @@ def build_model(config: TrainConfig) -> SimSiam:
     kind = SimSiam if config.method == "simsiam" else VISimSiam
     if kind is VISimSiam:
         parts |= {name: value for name, value in vars(config.loss).items() if name != "loss_scale"}
-        parts["frozen"] = config.frozen_run is not None
     network = kind(**parts)
     network.joint_statistics = config.batch_norm == "joint"
     if config.ema is not None:

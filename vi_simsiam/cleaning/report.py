@@ -19,7 +19,7 @@ from vi_simsiam.data.sources import UnreadableError
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.report import thumbnail_uri
 from vi_simsiam.files import naming, write_atomically, write_text
-from vi_simsiam.inference.embed import no_formula
+from vi_simsiam.inference.ranking import no_formula
 from vi_simsiam.text import counted, fill_template
 
 ISSUES, SCORES, PAGE = "issues.csv", "scores.csv", "index.html"

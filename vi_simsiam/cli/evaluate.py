@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -174,16 +175,19 @@ def figures(arguments: list[str]) -> int:
 
 
 def uncertainty(arguments: list[str]) -> int:
-    """Measure the concentration of a run against simpler scores."""
+    """Measure the concentration of a run, or of the first of several seeds, and simpler scores."""
     options = parse("uncertainty", _Uncertainty, arguments)
 
     from vi_simsiam.evaluation.uncertainty import UNCERTAINTY, evaluate_uncertainty
+    from vi_simsiam.experiments.seeds import finished
 
     console = Console()
-    run = open_run(options)
+    first, *seeds = finished(options.run)
+    run = open_run(dataclasses.replace(options, run=first))
     with console.status("uncertainty", spinner="line") as status:
         result = evaluate_uncertainty(
             run,
+            seeds=seeds,
             ood=options.ood,
             images=options.images,
             seed=options.seed,
@@ -197,7 +201,7 @@ def uncertainty(arguments: list[str]) -> int:
 
 def print_result(result: dict[str, Any], console: Console) -> None:
     """Print the content of an uncertainty.json: calibration, and kappa against trivial scores."""
-    from vi_simsiam.evaluation.uncertainty import comparisons
+    from vi_simsiam.evaluation.comparisons import comparisons
 
     if (found := result["calibration"]) is not None:
         print_line(

@@ -248,7 +248,7 @@ def _settings(arguments: list[str], named: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: the run is from elsewhere, and what it names is not named by the user.
     """
-    from vi_simsiam.engine.origin import check_code, check_weights, placed, places
+    from vi_simsiam.engine.origin import check_code, check_weights, placed
     from vi_simsiam.engine.run import CONFIG
 
     if (file := given(arguments, "--config")) is None:
@@ -257,7 +257,8 @@ def _settings(arguments: list[str], named: dict[str, Any]) -> dict[str, Any]:
     if Path(file).name != CONFIG:
         return settings
     run = user_path("config", file).parent
-    named_there = (*places(TrainConfig()), "init", "backbone")
+    images = ("data", "data_root", "cache_dir")
+    named_there = (*images, "init", "backbone")
     config = updated(
         TrainConfig(), {name: settings[name] for name in named_there if name in settings}
     )
@@ -265,7 +266,8 @@ def _settings(arguments: list[str], named: dict[str, Any]) -> dict[str, Any]:
     check_weights(run, config, again)
     if "backbone" not in again:
         check_code(run, config)
-    return settings | places(placed(run, config, **named))
+    usable = placed(run, config, **named).to_dict()
+    return settings | {name: usable[name] for name in images}
 
 
 def _fitted(
@@ -278,7 +280,6 @@ def _fitted(
     """Fit the settings that are not given to the images; also return a line that names them."""
     from vi_simsiam.data.decoding import median_side
     from vi_simsiam.data.defaults import FITTED, suited
-    from vi_simsiam.engine.run import CONFIG, read_config
 
     images = counted(len(splits.train), "image")
     if len(splits.train) < 2:
@@ -293,26 +294,14 @@ def _fitted(
         fixed |= {"crop_scale", "blur_prob"}
         if views.size != AugmentConfig.size:
             fixed.add("size")
-    frozen, size = config.frozen_run, config.augment.size if "size" in fixed else None
-    network = read_config(frozen) if frozen and (frozen / CONFIG).is_file() else None
-    if network is not None:
-        size = size or network.augment.size
     config = suited(
         config,
         splits.train,
         views=views,
-        size=size,
+        size=config.augment.size if "size" in fixed else None,
         epochs=config.epochs if "epochs" in fixed else None,
         ranks=ranks,
     )
-    if network is not None:  # its weights fit no other model
-        augment = dataclasses.replace(
-            config.augment,
-            local_views=network.augment.local_views,
-            local_size=network.augment.local_size,
-        )
-        config = dataclasses.replace(config, model=network.model, augment=augment)
-        fixed |= {"size", "stem", "dim"}
     default = _Train(updated(config, settings))
     config = parse("train", _Train, arguments, default=default).config
     if config.augment.local_views == 0:

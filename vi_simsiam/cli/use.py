@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -33,7 +31,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class _Images(SourceOptions):
     run: RunPath
-    """A run folder."""
+    """A run folder, or one of train --seeds: the first seed is applied, and compared with the
+    others."""
     images: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
     """A folder (at any depth), an image, or a data set (its validation images, if any)."""
     device: str = "auto"
@@ -71,9 +70,10 @@ class _Rank(_Images):
     """Files to write, without suffix: OUT.csv, all images, and OUT.png, the two ends."""
     k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 16
     """Images at each end of the picture."""
-    by: Literal["kappa", "embedding_norm", "knn_distance", "mahalanobis"] = "kappa"
-    """Score to rank by: kappa, or one that SimSiam has, too: embedding_norm, knn_distance,
-    mahalanobis."""
+    by: str = "kappa"
+    """Score to rank by: kappa, or one that SimSiam has, too: embedding_norm, that of a layer
+    (layer1_norm or stage1_norm), knn_distance, mahalanobis; of several seeds neighbour_agreement.
+    """
 
 
 @dataclass(frozen=True)
@@ -95,20 +95,24 @@ def embed(arguments: list[str]) -> int:
         raise InputError(f"neighbours: {options.neighbours} must be at least 0")
     _check_free([options.out], options.overwrite)
 
-    from vi_simsiam.inference.embed import describe, write_parquet
+    from vi_simsiam.inference.embed import describe, with_agreement, write_parquet
 
-    encoder, source, collect = _open(options)
-    reference = None
+    encoders, source = _open(options)
+    encoder, among, references = encoders[0], source, None
     if options.reference is not None:
-        reference = _source(options.reference, options, encoder.config.decode, train=True)
-    table = collect(source)
+        among = _source(options.reference, options, encoder.config.decode, train=True)
+    tables = _collect(options, encoders, source)
+    if options.reference is not None:
+        references = _collect(options, encoders, among)
+    table = with_agreement(tables, references, encoder.device)
     about = describe(encoder, source, options.views, options.seed)
-    about["neighbours_among"] = source.name if reference is None else reference.name
+    about["neighbours_among"] = among.name
+    about["seeds"] = [each.config.seed for each in encoders]
     write_parquet(
         table,
         options.out,
         neighbours=options.neighbours,
-        reference=None if reference is None else collect(reference),
+        reference=None if references is None else references[0],
         device=encoder.device,
         metadata=about,
         console=Console(stderr=True),
@@ -131,17 +135,29 @@ def rank(arguments: list[str]) -> int:
     _check_free([listing, picture], options.overwrite)
 
     from vi_simsiam.files import write_atomically
-    from vi_simsiam.inference.embed import draw_ranking, score_values, write_ranking
-    from vi_simsiam.models import VISimSiam
+    from vi_simsiam.inference.embed import with_agreement
+    from vi_simsiam.inference.label_free import AGREEMENT
+    from vi_simsiam.inference.ranking import draw_ranking, rankable, score_values, write_ranking
 
-    encoder, source, collect = _open(options)
-    by = options.by
-    if by == "kappa" and not isinstance(encoder.model, VISimSiam):
+    encoders, source = _open(options)
+    encoder, by = encoders[0], options.by
+    accepted = rankable(encoder.model, several=len(encoders) > 1)
+    if by == "kappa" and by not in accepted:
         raise InputError(
             f"run: {options.run} is SimSiam, which predicts no concentration to rank by; "
             "vi-simsiam does, and --by knn_distance needs none"
         )
-    table = collect(source, embeddings=by != "kappa")
+    if by == AGREEMENT and by not in accepted:
+        raise InputError(
+            f"by: {AGREEMENT} compares several seeds; {options.run} is one run, and not a folder "
+            "of vi-simsiam train --seeds"
+        )
+    if by not in accepted:
+        raise none_of("by", by, accepted)
+    if by != AGREEMENT:
+        encoders = [encoder]
+    tables = _collect(options, encoders, source, embeddings=by != "kappa")
+    table = with_agreement(tables, None, encoder.device)
     values = score_values(table, by, encoder.device)
     drawn = draw_ranking(table, by, values, encoder.model.dim, options.k)
     write_ranking(table, by, values, listing)
@@ -161,18 +177,31 @@ def _check_free(paths: list[Path], overwrite: bool) -> None:
             raise InputError(f"out: {path} exists; say --overwrite to replace it")
 
 
-def _open(options: _Images) -> tuple[Encoder, ImageSource, Callable[..., Table]]:
-    """Open the run and the images; also return a function that encodes a source."""
-    from vi_simsiam.inference.embed import collect
+def _open(options: _Images) -> tuple[list[Encoder], ImageSource]:
+    """Open the run, or the runs of several seeds, and the images."""
+    from vi_simsiam.experiments.seeds import finished
     from vi_simsiam.inference.encoder import load
 
-    encoder = load(
-        options.run, options.device, workers=options.workers, checkpoint=options.checkpoint
-    )
-    source = _source(options.images, options, encoder.config.decode, train=False)
+    encoders = [
+        load(run, options.device, workers=options.workers, checkpoint=options.checkpoint)
+        for run in finished(options.run)
+    ]
+    return encoders, _source(options.images, options, encoders[0].config.decode, train=False)
+
+
+def _collect(
+    options: _Images, encoders: list[Encoder], source: ImageSource, *, embeddings: bool = True
+) -> list[Table]:
+    """Encode a source by each of the runs; the first shows progress and skipped images."""
+    from vi_simsiam.inference.embed import collect
+
     settings = {name: getattr(options, name) for name in ("views", "seed", "batch_size")}
-    folder, console = options.out.parent, Console(stderr=True)
-    return encoder, source, partial(collect, encoder, folder=folder, console=console, **settings)
+    settings |= {"folder": options.out.parent, "embeddings": embeddings}
+    consoles = [Console(stderr=True), *[None] * (len(encoders) - 1)]
+    return [
+        collect(encoder, source, console=console, **settings)
+        for encoder, console in zip(encoders, consoles, strict=True)
+    ]
 
 
 def _source(images: str, options: _Images, decode: DecodeConfig, *, train: bool) -> ImageSource:

@@ -106,8 +106,12 @@ def diagnose(folder: Path) -> Diagnosis:
     step, epoch = last["step"], last.get("epoch")
     known = epoch and math.isfinite(step / epoch)
     total = round(step / epoch * config.epochs) if known else None
-    ending = _ending(folder, config, lines, failure, health)
-    findings = [_stopped(folder, ending, failure, step, total)]
+    try:
+        saved, damage = last_step(folder), None
+    except InputError as error:
+        saved, damage = None, _damage(folder, error)
+    ending = _ending(folder, config, lines, failure, health, saved)
+    findings = [damage, _stopped(folder, ending, failure, step, total)]
     if lines:
         findings += [
             _verdict(health, ending),
@@ -138,10 +142,15 @@ _ENDINGS: dict[Ending, str] = {
 
 
 def _ending(
-    folder: Path, config: TrainConfig, lines: Lines, failure: Failure | None, health: Health
+    folder: Path,
+    config: TrainConfig,
+    lines: Lines,
+    failure: Failure | None,
+    health: Health,
+    saved: int | None,
 ) -> Ending:
-    """The way in which a run ended, by its files."""
-    logged, saved = lines[-1]["step"] if lines else 0, last_step(folder)
+    """The way in which a run ended, by its files; `saved` is the step of its last checkpoint."""
+    logged = lines[-1]["step"] if lines else 0
     # A line is written before its checkpoint; a copy without weights has none.
     whole = saved is None or saved >= logged
     if whole and lines and lines[-1].get("epoch", 0) >= config.epochs:
@@ -170,6 +179,16 @@ def _is_running(folder: Path, lines: Lines) -> bool:
     pause = (seconds[-1] - seconds[0]) / max(1, len(seconds) - 1)
     quiet = time.time() - log.stat().st_mtime if log.exists() else math.inf
     return quiet < max(_QUIET_SECONDS, _QUIET_LINES * pause)
+
+
+def _damage(folder: Path, error: InputError) -> Finding:
+    """The finding of a run of version 0.1, whose one checkpoint cannot be read."""
+    return Finding(
+        "the weights are damaged",
+        str(error).removeprefix("run: "),
+        "a run has a checkpoint that can be read",
+        f"a copy of that file, or vi-simsiam train --out {shlex.quote(str(folder))} --overwrite",
+    )
 
 
 def _stopped(
@@ -212,7 +231,7 @@ def _verdict(health: Health, ending: Ending) -> Finding | None:
 
 def _rank(config: TrainConfig, lines: Lines) -> Finding | None:
     found = _mean(lines[-verdict.LINES :], "effective_rank")
-    if config.frozen_run is not None or found is None or found >= LEAST_RANK:
+    if config.fitted or found is None or found >= LEAST_RANK:
         return None
     return Finding(
         "few directions",
@@ -228,11 +247,14 @@ def _runaway(config: TrainConfig, lines: Lines) -> Finding | None:
         return None
     if kappa <= RUNAWAY * max(best, LEAST_BEST):
         return None
+    remedy = f"more --epochs than {config.epochs}"
+    if not config.fitted:
+        remedy = f"a smaller --lr than {config.lr:g}, --clip-norm 1, or --concentration-max"
     return Finding(
         "kappa runs away",
         f"kappa/(D-1) {kappa:.2g}, where {best:.2g} would fit the cosines",
         f"more than {RUNAWAY:g} times the best one",
-        f"a smaller --lr than {config.lr:g}, --clip-norm 1, or a bound with --concentration-max",
+        remedy,
     )
 
 

@@ -252,7 +252,6 @@ def _known_runs(folder: Path) -> dict[str, _Known]:
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
     """The settings that determine a run, without folders of this machine."""
-    plain = flat(config.to_dict()) | {"data": data_label(config.data)}
-    for name, path in (("frozen_run", config.frozen_run), ("init", config.init)):
-        plain[name] = path and path.name
+    named = {"data": data_label(config.data), "init": config.init and config.init.name}
+    plain = flat(config.to_dict()) | named
     return {name: value for name, value in plain.items() if name not in PLACE_FIELDS}

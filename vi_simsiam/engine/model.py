@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import re
 from pathlib import Path
 
 import torch
@@ -14,20 +13,17 @@ from torch import nn
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.engine.checkpoint import Checkpoint, load_last
 from vi_simsiam.engine.distributed import World
-from vi_simsiam.engine.run import CONFIG, START, read_config
+from vi_simsiam.engine.run import CONFIG, START
 from vi_simsiam.errors import InputError
 from vi_simsiam.models import SimSiam, build_model
 from vi_simsiam.text import print_line
 from vi_simsiam.weights import load_backbone, read_tensors
 
-# The last layer of SimSiam's predictors, a part of that layer where the concentration is separate.
-_APART = re.compile(r"^((?:local_)?predictor\.3)\.(weight|bias)$")
-
 
 def initial_model(
     config: TrainConfig, world: World, console: Console | None, *, fresh: bool
 ) -> SimSiam:
-    """The model of a run on its device, with the weights of the seed, of `init` or the frozen run.
+    """The model of a run on its device, with the weights of the seed or of `init`.
 
     Args:
         config: of the run.
@@ -36,11 +32,9 @@ def initial_model(
         fresh: load the weights that the run begins with; False if a checkpoint replaces them.
 
     Raises:
-        InputError: the frozen run or the weights of `init` cannot be used.
+        InputError: the weights of `init` cannot be used.
     """
-    # The weights of a run replace torchvision's.
-    pretrained = fresh and config.model.pretrained and config.frozen_run is None
-    parts = dataclasses.replace(config.model, pretrained=pretrained)
+    parts = dataclasses.replace(config.model, pretrained=fresh and config.model.pretrained)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = build_model(dataclasses.replace(config, model=parts))
@@ -49,8 +43,6 @@ def initial_model(
             if console is not None:
                 print_line(console, line)
         model.to(world.device)
-    if config.frozen_run is not None and fresh:
-        _load_frozen(model, config)
     model.to(memory_format=torch.channels_last)
     if config.sync_batch_norm and not world.alone:
         # In place. timm's knows its layers that hold an activation, too.
@@ -75,12 +67,12 @@ def starting_backbone(folder: Path, backbone: nn.Module) -> nn.Module | None:
 
 
 def save_start(folder: Path, config: TrainConfig, model: SimSiam) -> None:
-    """Keep the backbone's weights at the start of a run, unless they are random or a run's.
+    """Keep the backbone's weights at the start of a run, unless they are random.
 
     Raises:
         TrainingError: they could not be written.
     """
-    if config.init is not None or (config.model.pretrained and config.frozen_run is None):
+    if config.init is not None or config.model.pretrained:
         Checkpoint(0, 0.0, 1, model.backbone.state_dict()).save(folder / START)
 
 
@@ -97,36 +89,3 @@ def _load_init(model: SimSiam, path: Path) -> str:
     if model.target is not None:  # the moving average begins with the model
         model.add_target()
     return line
-
-
-def _load_frozen(model: SimSiam, config: TrainConfig) -> None:
-    """Load the weights of the SimSiam run `config.frozen_run` into `model`, built for `config`.
-
-    Raises:
-        InputError: no run there, a run of another method or model, or a damaged file.
-    """
-    path = config.frozen_run
-    assert path is not None
-    if not (path / CONFIG).is_file():
-        raise InputError(f"frozen_run: {path} holds no run; it must be the folder of a SimSiam run")
-    saved = read_config(path)
-    if saved.method != "simsiam":
-        raise InputError(
-            f"frozen_run: {path} is a run of {saved.method}; it must be one of simsiam"
-        )
-    theirs, given = dataclasses.asdict(saved.model), dataclasses.asdict(config.model)
-    others = [name for name in given if name != "pretrained" and theirs[name] != given[name]]
-    if others:
-        changes = "; ".join(f"{name}: {theirs[name]} -> {given[name]}" for name in others)
-        raise InputError(f"frozen_run: the model of {path} is another one; {changes}")
-    weights = {
-        _APART.sub(r"\1.mean.\2", name): value
-        for name, value in load_last(path).model.items()
-        if not name.startswith("target.")  # the moving average of a run with ema
-    }
-    own = {name: value for name, value in model.state_dict().items() if ".concentration." in name}
-    try:
-        model.load_state_dict(own | weights)
-    except RuntimeError as error:
-        text = f"the checkpoint of {path} does not fit the model that {CONFIG} describes"
-        raise InputError(f"frozen_run: {text}") from error

@@ -35,7 +35,8 @@ _DEFAULT = TrainConfig()
 def places(config: TrainConfig) -> dict[str, Any]:
     """The places that a configuration names, as plain JSON types; also a module of one's own."""
     plain = config.to_dict()
-    found = {name: plain[name] for name in ("data", "data_root", "cache_dir", "frozen_run")}
+    found = {name: plain[name] for name in ("data", "data_root", "cache_dir")}
+    found["frozen_run"] = None  # earlier versions marked it, too
     if config.init is not None:
         found["init"] = plain["init"]
     if config.model.backbone.startswith("module:"):
@@ -56,13 +57,11 @@ def check_weights(folder: Path, config: TrainConfig, given: Collection[str] = ()
     """
     if is_own(folder, places(config)):
         return
-    for field, what, them in (("frozen_run", "run", "that run"), ("init", "weights", "them")):
-        if field not in given and (place := getattr(config, field)) is not None:
-            raise InputError(
-                f"config: {folder} names the {what} {place}, but this user has not trained it "
-                f"here, or its configuration was changed since; name {them} with "
-                f"--{field.replace('_', '-')}"
-            )
+    if "init" not in given and config.init is not None:
+        raise InputError(
+            f"config: {folder} names the weights {config.init}, but this user has not trained it "
+            "here, or its configuration was changed since; name them with --init"
+        )
 
 
 def check_code(folder: Path, config: TrainConfig) -> None:

@@ -51,7 +51,8 @@ class Health:
     - learning: none of these. `vi-simsiam evaluate` measures the quality of the features.
 
     Until 100 steps, and the warm-up and one more epoch (or the whole training), are over, kappa may
-    be far from its best value, and the cosine low.
+    be far from its best value, and the cosine low. The encoder of a run of fit-kappa is given, and
+    only cosine and kappa are judged.
 
     Attributes:
         state: the state.
@@ -126,17 +127,14 @@ class Health:
             share = f"{self._weight():.1%} of the gradient of SimSiam's"
             weak = f"kappa/(D-1) {kappa:.2g}, the loss has {share}"
             figure, remedy = fitting if self._behind() else weak, self._remedy()
-        elif name == "not learning" or (config.frozen_run is None and cosine < LEAST_COSINE):
+        elif name == "not learning" or cosine < LEAST_COSINE:
             name = name if name == "not learning" else "barely learned"
             hardly = "two views of an image are predicted hardly better than by chance (0)"
             figure = f"cosine {cosine:.2f}, {hardly}"
-            if config.augment.crop_scale[0] < 0.5:
+            if config.augment.crop_scale[0] < 0.5 and not config.fitted:
                 remedy += ", or --crop-scale 0.5 1 for milder views"
         elif self._behind():
             name, figure = "kappa not fitted yet", fitting
-        elif config.frozen_run is not None:
-            figure = f"kappa/(D-1) {kappa:.3g} at a mean cosine of {cosine:.2f}"
-            return "kappa fitted", figure, ""
         else:
             figure = (
                 f"cosine {cosine:.2f} between the views of an image, z-std {z_std:.2f} "
@@ -159,8 +157,7 @@ class Health:
     def _score(self) -> tuple[State, bool]:
         """The state by the recent lines, and True if it is a problem at any time of a training."""
         z_std, spread = self._mean("z_std"), self._mean("projection_spread")
-        frozen = self.config.frozen_run is not None
-        if not frozen:
+        if not self.config.fitted:
             if z_std is not None and z_std < COLLAPSE_THRESHOLD:
                 return "collapsed", True
             if spread is not None and spread < LEAST_SPREAD:
@@ -169,7 +166,7 @@ class Health:
                 return "dead", True
         if self._behind():
             return "dead", False
-        if not frozen and (self._mean("cosine") or 0) < NO_COSINE:
+        if (self._mean("cosine") or 0) < NO_COSINE:
             return "not learning", False
         return "learning", False
 
@@ -196,8 +193,8 @@ class Health:
     def _remedy(self) -> str:
         config, loss = self.config, self.config.loss
         slower = f"a smaller --lr than {config.lr:g}"
-        if config.frozen_run is not None:
-            return f"more --epochs than {config.epochs} or a larger --lr than {config.lr:g}"
+        if config.fitted:
+            return f"more --epochs than {config.epochs}"
         if loss.concentration == "constant":
             return f"a larger --concentration-value than {loss.concentration_value}"
         with_cosine = loss.cosine_weight > 0 or loss.concentration == "detached"

@@ -38,7 +38,7 @@ from vi_simsiam.evaluation.style import (
     shown,
 )
 from vi_simsiam.functional import power_spherical_log_prob
-from vi_simsiam.inference.embed import extremes
+from vi_simsiam.inference.ranking import extremes
 from vi_simsiam.models import VISimSiam
 from vi_simsiam.text import METHODS, brief_repr, counted
 

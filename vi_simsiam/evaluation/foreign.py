@@ -10,6 +10,7 @@ handwritten digits that come with scikit-learn, enlarged.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ArraySource, FileSource, ImageSource
 from vi_simsiam.data_names import data_label
 from vi_simsiam.errors import InputError
+from vi_simsiam.evaluation.corruptions import Tones
 from vi_simsiam.paths import printable
 from vi_simsiam.text import counted
 
@@ -81,12 +83,17 @@ def open_sets(specs: Sequence[str], own: Splits, config: TrainConfig) -> list[Fo
     return sets
 
 
-def builtin_sets(size: int, images: int, seed: int) -> list[Foreign]:
-    """The sets `noise` and `digits`, of at most `images` images of size x size pixels."""
+def builtin_sets(config: TrainConfig, images: int, seed: int) -> list[Foreign]:
+    """The sets `noise` and `digits`, of at most `images` images of a run's size and channels.
+
+    The noise of 8-bit RGB takes all levels, that of other images has the mean and deviation of
+    each channel. Digits go from black to white, see `Tones`.
+    """
     from sklearn.datasets import load_digits
 
-    images = min(images, BUILTIN_IMAGES)
-    pixels = np.random.default_rng(seed).integers(0, 256, (images, size, size, 3), dtype=np.uint8)
+    images, size = min(images, BUILTIN_IMAGES), config.augment.size
+    decode, tones, draw = config.decode, Tones.of(config), np.random.default_rng(seed)
+    shape = (images, size, size, decode.channels)
     bunch = load_digits()
     # Spread over the file, which has runs of one writer.
     chosen = np.linspace(0, len(bunch.images) - 1, min(images, len(bunch.images))).astype(int)
@@ -94,11 +101,22 @@ def builtin_sets(size: int, images: int, seed: int) -> list[Foreign]:
         Image.fromarray(digit).resize((size, size), Image.Resampling.BICUBIC)
         for digit in np.rint(bunch.images[chosen] * (255 / 16)).astype(np.uint8)
     ]
+    digits = np.stack([*map(np.asarray, drawn)])
+    if decode.is_rgb:
+        pixels = draw.integers(0, 256, shape, dtype=np.uint8)
+    else:
+        most = 2**decode.bits - 1
+        mean, std = (most * np.array(each) for each in config.augment.constants)
+        levels = (
+            mean + math.sqrt(3) * std * draw.uniform(-1, 1, shape),
+            tones.grey + tones.white * (digits[..., None] / 255 - 0.5),
+        )
+        kind = np.dtype(f"u{decode.bits // 8}")
+        pixels, digits = (np.rint(each).clip(0, most).astype(kind) for each in levels)
     labels, classes = bunch.target[chosen].astype(np.int64), [f"digit {i}" for i in range(10)]
-    digits = ArraySource(np.stack([*map(np.asarray, drawn)]), labels, classes, "digits")
     return [
         Foreign("noise", "far", ArraySource(pixels, name="noise"), builtin=True),
-        Foreign("digits", "far", digits, builtin=True),
+        Foreign("digits", "far", ArraySource(digits, labels, classes, "digits"), builtin=True),
     ]
 
 
@@ -124,7 +142,7 @@ def refuse_own_images(foreign: Foreign, images: PackedImages, own: Sequence[Pack
 def _digests(images: PackedImages) -> list[tuple[int, int, bytes]]:
     digests = []
     for start, height, width in zip(images.offsets, images.heights, images.widths, strict=True):
-        count = 3 * int(height) * int(width)
+        count = images.decode.pixel_bytes * int(height) * int(width)
         sample = images.pixels[start : start + count : max(1, count // _SAMPLED_BYTES)]
         digests.append((int(height), int(width), sample.tobytes()))
     return digests

@@ -25,6 +25,7 @@ from vi_simsiam.engine.log import read_log
 from vi_simsiam.engine.run import METRICS, Run, read_config
 from vi_simsiam.engine.verdict import Health
 from vi_simsiam.errors import InputError
+from vi_simsiam.evaluation.comparisons import comparisons
 from vi_simsiam.evaluation.corruptions import LEVELS
 from vi_simsiam.evaluation.figures import (
     Certainty,
@@ -36,10 +37,9 @@ from vi_simsiam.evaluation.figures import (
 from vi_simsiam.evaluation.results import ACCURACIES, accuracies, read_result
 from vi_simsiam.evaluation.scores import TRIVIAL
 from vi_simsiam.evaluation.style import number, shown
-from vi_simsiam.evaluation.uncertainty import comparisons
 from vi_simsiam.evaluation.uncertainty_figures import draw_uncertainty, score_label
 from vi_simsiam.files import write_text
-from vi_simsiam.inference.embed import extremes
+from vi_simsiam.inference.ranking import extremes
 from vi_simsiam.text import METHODS, counted, fill_template, show
 
 REPORT = "report.html"

@@ -7,8 +7,7 @@ Every score rises with uncertainty. One pass of the network over a set of images
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,19 +17,27 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as V
 
-from vi_simsiam.config import IMAGENET_MEAN, IMAGENET_STD, AugmentConfig
+from vi_simsiam.config import AugmentConfig, Constants
+from vi_simsiam.data.channels import Pixels
 from vi_simsiam.data.packed import PackedImages
+from vi_simsiam.data.views import IMAGENET
 from vi_simsiam.engine.forward import evaluating, nearest, random_views
 from vi_simsiam.errors import InputError
-from vi_simsiam.evaluation.corruptions import jpeg_bytes
+from vi_simsiam.evaluation.corruptions import brightness, jpeg_bytes
 from vi_simsiam.evaluation.logistic import LogisticProbe
 from vi_simsiam.evaluation.metrics import calibration
 from vi_simsiam.inference.encoder import Encoding
-from vi_simsiam.inference.label_free import NEIGHBOURS, Gaussian
+from vi_simsiam.inference.label_free import (
+    AGREEMENT,
+    NEIGHBOURS,
+    Gaussian,
+    knn_distances,
+    neighbour_agreement,
+)
 from vi_simsiam.models import SimSiam
+from vi_simsiam.stages import NAMES as STAGES
+from vi_simsiam.stages import recorded, stages
 
-LAYERS = ("layer1", "layer2", "layer3", "layer4")
-"""Stages of a torchvision ResNet."""
 JPEG_QUALITY = 75
 VIEWS = 4
 """Augmented views of every image: 12 ordered pairs to calibrate on."""
@@ -38,11 +45,13 @@ VIEWS = 4
 DESCRIPTIONS = {
     "kappa": "minus the predicted concentration",
     "embedding_norm": "minus the length of the backbone's features",
-    **{f"{layer}_norm": f"minus the length of the pooled output of {layer}" for layer in LAYERS},
+    **{f"{name}_norm": f"minus the length of the pooled output of {name}" for name in STAGES},
     "projection_norm": "minus the length of the projection",
     "prediction_norm": "minus the length of the predicted mean direction before it is normalised",
     "view_agreement": "1 minus the mean cosine between the embeddings of augmented views",
     "knn_distance": f"1 minus the mean cosine to the {NEIGHBOURS} nearest training embeddings",
+    AGREEMENT: f"1 minus the mean share of the {NEIGHBOURS} nearest training images that the runs "
+    "of several seeds have in common",
     "mahalanobis": "squared Mahalanobis distance to the nearest class mean, "
     "shared shrunk covariance",
     "mahalanobis_label_free": "squared Mahalanobis distance to the mean of all training images, "
@@ -53,11 +62,11 @@ DESCRIPTIONS = {
     "contrast": "minus the standard deviation of the brightness of the pixels",
     "jpeg_size": f"minus the size of the image as a JPEG file of quality {JPEG_QUALITY}",
 }
-"""In the order of every result. In a torchvision ResNet layer4_norm is embedding_norm."""
+"""In the order of every result. In a ResNet layer4_norm is embedding_norm."""
 
 TRIVIAL = (
     "embedding_norm",
-    *(f"{layer}_norm" for layer in LAYERS),
+    *(f"{name}_norm" for name in STAGES),
     "projection_norm",
     "prediction_norm",
     "edge_energy",
@@ -66,44 +75,43 @@ TRIVIAL = (
 )
 """Scores that need no labels, training images or second pass: lengths of vectors, and pixels."""
 
-_LUMA = np.array((0.299, 0.587, 0.114), dtype=np.float32)
 _BATCH = 64
 
 
 class Network:
-    """A trained model in eval mode and float32, with the lengths of its inner features.
+    """A trained model in eval mode and float32, and scores of images by it.
 
     Args:
-        model: is copied: its hooks and memory format stay as they are.
+        model: is copied: its memory format stays as it is.
         device: where it computes.
+        constants: mean and deviation of the channels of its images.
     """
 
-    def __init__(self, model: SimSiam, device: torch.device) -> None:
+    def __init__(
+        self, model: SimSiam, device: torch.device, constants: Constants = IMAGENET
+    ) -> None:
         # channels_last is a third faster on a CPU.
         self.model = copy.deepcopy(model).eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.device = device
-        self._layers: dict[str, Tensor] = {}
-        for name in LAYERS:
-            layer = getattr(self.model.backbone, name, None)
-            if isinstance(layer, torch.nn.Module):
-                layer.register_forward_hook(functools.partial(self._keep, name))
-
-    def _keep(self, name: str, module: torch.nn.Module, inputs: Any, output: Tensor) -> None:
-        self._layers[name] = output.mean((2, 3)) if output.ndim == 4 else output
+        self.device, self.constants = device, constants
+        places = stages(self.model.backbone)
+        self.descriptions = DESCRIPTIONS | {
+            f"{name}_norm": f"minus the length of the pooled output of {place}"
+            for name, place in places.items()
+        }
+        """`DESCRIPTIONS` with the places of this network's stages."""
 
     def __call__(self, views: Tensor) -> Encoding:
-        """Pass normalised views (B, 3, height, width) float32 through the network."""
+        """Pass normalised views (B, C, height, width) float32 through the network."""
         views = views.to(self.device).contiguous(memory_format=torch.channels_last)
-        with evaluating(self.model, self.device):
-            return Encoding(*self.model.encode(views))
+        with evaluating(self.model, self.device), recorded(self.model.backbone) as norms:
+            columns: list[Any] = [*self.model.encode(views), norms]
+        return Encoding(*columns)
 
-    def observe(
-        self, batches: Iterable[NDArray[np.uint8]]
-    ) -> tuple[Tensor, dict[str, NDArray[np.float64]]]:
+    def observe(self, batches: Iterable[Pixels]) -> tuple[Tensor, dict[str, NDArray[np.float64]]]:
         """Embeddings (N, F) float32 of images, and (N,) scores by name that need them alone.
 
         Args:
-            batches: un-augmented views as pixels, (B, side, side, 3) uint8 each, one at least.
+            batches: un-augmented views as pixels, (B, side, side, C) each, one at least.
 
         Raises:
             InputError: the network's output is not finite.
@@ -111,11 +119,14 @@ class Network:
         embeddings: list[Tensor] = []
         parts: list[dict[str, NDArray[np.float64]]] = []
         for pixels in batches:
-            found = self(views_of(pixels))
+            found = self(views_of(pixels, self.constants))
             embeddings.append(found.embedding.cpu())
-            vectors = {"embedding": found.embedding, **self._layers, "projection": found.projection}
-            values = {f"{name}_norm": vector.norm(dim=1) for name, vector in vectors.items()}
-            values["prediction_norm"] = found.loc_norm
+            norms = {
+                **{name: getattr(found, name).norm(dim=1) for name in ("embedding", "projection")},
+                **found.layer_norms,
+                "prediction": found.loc_norm,
+            }
+            values = {f"{name}_norm": norm for name, norm in norms.items()}
             if found.concentration is not None:
                 values["kappa"] = found.concentration
             scores = {name: -value.double().cpu().numpy() for name, value in values.items()}
@@ -127,31 +138,90 @@ class Network:
         return torch.cat(embeddings), scores
 
 
-def views_of(pixels: NDArray[np.uint8]) -> Tensor:
-    """Pixels (B, side, side, 3) uint8 as normalised views (B, 3, side, side) float32."""
+class Seeds:
+    """Networks that differ from another one in their seed, and their embeddings of the same images.
+
+    Args:
+        networks: of other seeds; without any there is no score.
+    """
+
+    def __init__(self, networks: Sequence[Network]) -> None:
+        self._networks = networks
+        self._seen: list[list[Tensor]] = []
+        self._reference: list[Tensor] = []
+
+    def watch(self, batches: Iterable[Pixels]) -> Iterator[Pixels]:
+        """Pass batches of pixels on, as for `Network.observe`, and embed them on the way."""
+        self._seen = [[] for _ in self._networks]
+        for pixels in batches:
+            for network, parts in zip(self._networks, self._seen, strict=True):
+                parts.append(network(views_of(pixels, network.constants)).embedding.cpu())
+            yield pixels
+
+    def refer(self, embedding: Tensor) -> None:
+        """Take the images watched last as those that neighbours are among.
+
+        Args:
+            embedding: (N, F) of them by the network that is compared.
+        """
+        self._reference = self._spaces(embedding)
+
+    def scores(self, embedding: Tensor) -> dict[str, NDArray[np.float64]]:
+        """The score "neighbour_agreement", (M,) float64, of the images watched last.
+
+        Args:
+            embedding: (M, F) of them by the network that is compared.
+        """
+        if not self._networks:
+            return {}
+        found = [
+            nearest(queries, keys, NEIGHBOURS, device=self._networks[0].device)
+            for queries, keys in zip(self._spaces(embedding), self._reference, strict=True)
+        ]
+        shares = [
+            neighbour_agreement([which for which, _ in each]) for each in zip(*found, strict=True)
+        ]
+        return {AGREEMENT: 1 - torch.cat(shares).cpu().numpy()}
+
+    def _spaces(self, embedding: Tensor) -> list[Tensor]:
+        return [embedding, *map(torch.cat, self._seen)]
+
+
+def views_of(pixels: Pixels, constants: Constants = IMAGENET) -> Tensor:
+    """Pixels (B, side, side, C) as normalised views (B, C, side, side) float32.
+
+    Args:
+        pixels: uint8 or uint16.
+        constants: mean and deviation of the channels.
+    """
     # `data.views.normalised` multiplies by 1/255, which rounds otherwise: it would change results.
-    floats = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 255
-    views: Tensor = V.normalize(floats, list(IMAGENET_MEAN), list(IMAGENET_STD))
+    most = int(np.iinfo(pixels.dtype).max)
+    floats = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / most
+    views: Tensor = V.normalize(floats, *map(list, constants))
     return views
 
 
-def image_scores(pixels: NDArray[np.uint8]) -> dict[str, NDArray[np.float64]]:
+def image_scores(pixels: Pixels) -> dict[str, NDArray[np.float64]]:
     """Scores of the pixels without any network: "edge_energy", "contrast" and "jpeg_size".
 
     (B,) float64 each. Brightness is 0.299 R + 0.587 G + 0.114 B in 0..255, the gradient the length
-    of its differences to the right and below.
+    of its differences to the right and below. Where channels are not three, it is their mean; other
+    images than 8-bit RGB have no "jpeg_size".
 
     Args:
-        pixels: (B, side, side, 3) uint8.
+        pixels: (B, side, side, C) uint8 or uint16.
     """
-    gray = pixels.astype(np.float32) @ _LUMA
+    channels = pixels.shape[3]
+    gray = pixels.astype(np.float32) @ brightness(channels).astype(np.float32)
     right, below = np.diff(gray, axis=2)[:, :-1], np.diff(gray, axis=1)[:, :, :-1]
-    sizes = [len(jpeg_bytes(image, JPEG_QUALITY)) for image in pixels]
-    return {
+    found = {
         "edge_energy": -np.hypot(right, below).mean((1, 2)).astype(np.float64),
         "contrast": -gray.std((1, 2), dtype=np.float64),
-        "jpeg_size": -np.array(sizes, dtype=np.float64),
     }
+    if channels == 3 and pixels.dtype == np.uint8:
+        sizes = [len(jpeg_bytes(image, JPEG_QUALITY)) for image in pixels]
+        found["jpeg_size"] = -np.array(sizes, dtype=np.float64)
+    return found
 
 
 def agreement(
@@ -172,7 +242,7 @@ def agreement(
     for start in range(0, len(chosen), _BATCH):
         samples = chosen[start : start + _BATCH]
         views = random_views(
-            [np.asarray(images.image(number)) for number in samples.tolist()],
+            [images.array(number) for number in samples.tolist()],
             samples,
             policy,
             views=VIEWS,
@@ -269,10 +339,10 @@ class Reference:
         (M,) float64 each. With labels there is "mahalanobis_label_free", too.
         """
         near = nearest(embedding, self.embedding, NEIGHBOURS, device=self.device)
-        cosines = torch.cat([values.double().mean(1).cpu() for _, values in near]).numpy()
+        distances = np.concatenate([knn_distances(cosines.cpu().numpy()) for _, cosines in near])
         points, means = embedding.double().numpy() @ self._root, self._means @ self._root
         squares = np.stack([np.square(points - mean).sum(1) for mean in means])
-        found = {"knn_distance": 1 - cosines, "mahalanobis": squares.min(0)}
+        found = {"knn_distance": distances, "mahalanobis": squares.min(0)}
         if self._cluster is not None:
             found["mahalanobis_label_free"] = self._cluster.distances(embedding.numpy())
         if self.probe is not None:

@@ -13,8 +13,10 @@ Nothing is fitted to the images that are evaluated, and no score's sign is chose
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,28 +25,30 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vi_simsiam.checks import require
+from vi_simsiam.config import differing_fields
+from vi_simsiam.data.channels import Pixels
 from vi_simsiam.data.loader import eval_pixels
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.subsets import check_classes, subset
-from vi_simsiam.engine.run import Run
+from vi_simsiam.engine.run import Run, load_model
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation import metrics
-from vi_simsiam.evaluation.corruptions import LEVELS, MAGNITUDES, corrupt
+from vi_simsiam.evaluation.corruptions import LEVELS, Tones, corrupt, kinds
 from vi_simsiam.evaluation.foreign import Foreign, builtin_sets, open_sets, refuse_own_images
 from vi_simsiam.evaluation.logistic import LogisticConfig, LogisticProbe
 from vi_simsiam.evaluation.scores import (
     DESCRIPTIONS,
     JPEG_QUALITY,
-    TRIVIAL,
     VIEWS,
     Network,
     Reference,
+    Seeds,
     agreement,
 )
 from vi_simsiam.files import write_json
 from vi_simsiam.inference.label_free import NEIGHBOURS
 from vi_simsiam.info import versions
-from vi_simsiam.models import VISimSiam
+from vi_simsiam.models import SimSiam, VISimSiam
 from vi_simsiam.text import counted
 
 UNCERTAINTY = "uncertainty.json"
@@ -56,36 +60,8 @@ _BATCH = 128
 """Images passed through the network, or corrupted, at a time."""
 _PACKAGES = ("torch", "torchvision", "scikit-learn", "scipy", "numpy", "pillow")
 
-_Figures = dict[str, float | None]
 _Numbers = NDArray[np.int64]
 _Scores = dict[str, NDArray[np.float64]]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One measure of the concentration and of the best scores of two kinds; higher is better."""
-
-    part: str
-    measure: str
-    kappa: float | None
-    baseline: str | None
-    """The best score of `TRIVIAL`."""
-    value: float | None
-    """Its measure."""
-    other: str | None = None
-    """The best of the scores that need labels, training images or more passes."""
-    other_value: float | None = None
-    """Its measure."""
-
-    @property
-    def gap(self) -> float | None:
-        """Lead of the concentration over the baseline; None if one of them is not defined."""
-        return None if self.kappa is None or self.value is None else self.kappa - self.value
-
-    @property
-    def ahead(self) -> bool | None:
-        """True if the concentration does better; None if it or the baseline is not defined."""
-        return None if self.gap is None else self.gap > 0
 
 
 @dataclass(frozen=True)
@@ -105,6 +81,7 @@ class _Images:
 def evaluate_uncertainty(
     run: Run,
     *,
+    seeds: Sequence[Path] = (),
     ood: Sequence[str] = (),
     images: int | None = None,
     seed: int = 0,
@@ -120,6 +97,7 @@ def evaluate_uncertainty(
 
     Args:
         run: the run.
+        seeds: runs that differ in their seed, for the score "neighbour_agreement".
         ood: other data sets, see `foreign`.
         images: most validation images, drawn by `seed`; None for all.
         seed: of every choice of images, of the views and of the damage.
@@ -128,18 +106,13 @@ def evaluate_uncertainty(
 
     Raises:
         InputError: the run predicts no concentration, numbers out of range, a data set that cannot
-            be opened or is the run's own, validation classes that are not the training classes, or
-            damaged weights.
+            be opened or is the run's own, validation classes that are not the training classes,
+            damaged weights, or runs that differ in more than their seed.
     """
     if not isinstance(run.model, VISimSiam):
         raise InputError("run: SimSiam predicts no concentration to measure; vi-simsiam does")
     require("seed", seed, 0 <= seed < 2**63, "at least 0 and below 2**63")
     require("images", images, images is None or images >= 2, "at least 2")
-    if not run.config.decode.is_rgb or run.config.augment.mean is not None:
-        raise InputError(
-            "uncertainty: is measured for 8-bit RGB normalised by ImageNet's constants, as the "
-            f"corruptions and foreign sets are; {run.path} was trained on other images"
-        )
     require("corruption_images", corruption_images, corruption_images >= 0, "at least 0")
 
     report("opening the data sets")
@@ -150,8 +123,15 @@ def evaluate_uncertainty(
         if own := refuse_own_images(each, packed, [data.train, data.evaluated]):
             total = counted(len(packed), "image")
             data.notes.append(f"{own:,} of {total} of {each.name} are the run's own")
-    measured = _Measured(run, data, seed, report)
-    builtin = builtin_sets(run.config.augment.size, len(data.chosen), seed)
+    others = Seeds([_network(run, _other_seed(run, path)) for path in seeds])
+    decode = run.config.decode
+    if not decode.is_rgb:
+        data.notes.append(
+            f"{counted(decode.channels, 'channel')} of {decode.bits} bits: jpeg_size and the "
+            "corruption jpeg need 8-bit RGB, and damage fades to each channel's mean"
+        )
+    measured = _Measured(run, others, data, seed, report)
+    builtin = builtin_sets(run.config, len(data.chosen), seed)
     foreign += [(each, run.readable(each.source)[0]) for each in builtin]
     detection, retrieval, overlapping = _foreign(measured, data, foreign)
     count = min(corruption_images, len(data.chosen))
@@ -174,7 +154,7 @@ def evaluate_uncertainty(
             "overlapping_classes": overlapping,
             "notes": data.notes,
         },
-        "scores": {name: text for name, text in DESCRIPTIONS.items() if name in measured.scores},
+        "scores": {name: measured.network.descriptions[name] for name in measured.scores},
         "calibration": measured.calibration,
         "misclassification": _misclassification(measured, data),
         "retrieval": retrieval or None,
@@ -186,46 +166,18 @@ def evaluate_uncertainty(
     return result
 
 
-def comparisons(result: dict[str, Any]) -> list[Comparison]:
-    """Rows of an uncertainty.json: the concentration and the scores that do best in the same part.
-
-    The best of several scores on the images that they are compared on has the advantage of the
-    choice. Where none is defined, its name and value are None.
-    """
-    parts: list[tuple[str, str, _Figures]] = []
-    if result["misclassification"] is not None:
-        parts.append(("misclassification", "AUROC", _figures(result["misclassification"], "auroc")))
-    for name, part in (result["retrieval"] or {}).items():
-        parts.append((f"retrieval: {name}", "R-AUROC", part["scores"]))
-    for name, part in result["ood"].items():
-        parts.append((f"{name} ({part['kind']})", "AUROC", _figures(part, "auroc")))
-    for kind, part in result["corruptions"].items():
-        parts.append((f"corruption: {kind}", "Spearman", _figures(part, "spearman")))
-    rows = []
-    for name, measure, figures in parts:
-        others = [score for score in figures if score != "kappa" and score not in TRIVIAL]
-        best = (*_best(figures, TRIVIAL), *_best(figures, others))
-        rows.append(Comparison(name, measure, figures.get("kappa"), *best))
-    return rows
-
-
-def _figures(part: dict[str, Any], key: str) -> _Figures:
-    return {score: values[key] for score, values in part["scores"].items()}
-
-
-def _best(figures: _Figures, names: Iterable[str]) -> tuple[str, float] | tuple[None, None]:
-    defined = [(name, value) for name in names if (value := figures.get(name)) is not None]
-    return max(defined, key=lambda pair: pair[1]) if defined else (None, None)
-
-
 class _Measured:
     """Scores of the evaluated images, and of others by the same standard."""
 
-    def __init__(self, run: Run, data: _Images, seed: int, report: Callable[[str], None]) -> None:
-        self.run, self.seed, self.report = run, seed, report
-        self.network = Network(run.model, run.device)
+    def __init__(
+        self, run: Run, others: Seeds, data: _Images, seed: int, report: Callable[[str], None]
+    ) -> None:
+        self.run, self.others, self.seed, self.report = run, others, seed, report
+        self.network = _network(run, run.model)
         report(counted(len(data.reference), "training image"))
-        training, _ = self.network.observe(self.pixels(data.train, data.reference))
+        pixels = self.pixels(data.train, data.reference)
+        training, _ = self.network.observe(others.watch(pixels))
+        others.refer(training)
         self.probe: LogisticProbe | None = None
         if data.reference_labels is not None and len(np.unique(data.reference_labels)) > 1:
             report("the logistic probe")
@@ -240,17 +192,32 @@ class _Measured:
         self.embedding, self.scores = self.score(pixels, view_agreement=agreeing)
 
     def score(
-        self, batches: Iterable[NDArray[np.uint8]], **more: NDArray[np.float64]
+        self, batches: Iterable[Pixels], **more: NDArray[np.float64]
     ) -> tuple[Tensor, _Scores]:
-        """Embeddings and scores of batches of pixels, (B, side, side, 3) uint8, with `more`."""
-        embedding, scores = self.network.observe(batches)
-        scores = {**scores, **self.reference.scores(embedding), **more}
+        """Embeddings and scores of batches of pixels, (B, side, side, C), with `more`."""
+        embedding, scores = self.network.observe(self.others.watch(batches))
+        scores |= self.reference.scores(embedding) | self.others.scores(embedding) | more
         return embedding, {name: scores[name] for name in DESCRIPTIONS if name in scores}
 
     def pixels(self, images: PackedImages, chosen: _Numbers) -> Iterator[Any]:
-        """Un-augmented views of images as pixels, (B, side, side, 3) uint8."""
+        """Un-augmented views of images as pixels, (B, side, side, C)."""
         size, workers = self.run.config.augment.size, self.run.workers
         return (pixels for pixels, _ in eval_pixels(subset(images, chosen), size, _BATCH, workers))
+
+
+def _network(run: Run, model: SimSiam) -> Network:
+    return Network(model, run.device, run.config.augment.constants)
+
+
+def _other_seed(run: Run, path: Path) -> SimSiam:
+    """The model of a run that differs from `run` in its seed alone."""
+    config, model, _, _ = load_model(path, run.device)
+    same = dataclasses.replace(run.config, seed=config.seed, data=config.data)
+    if differing := differing_fields(same, config):
+        raise InputError(
+            f"run: {path} differs from {run.path} in more than its seed: {'; '.join(differing)}"
+        )
+    return model
 
 
 def _foreign(
@@ -323,12 +290,13 @@ def _corruptions(measured: _Measured, data: _Images, count: int) -> dict[str, An
     batches = [slice(start, start + _BATCH) for start in range(0, count, _BATCH)]
     _, intact = measured.score(pixels[batch] for batch in batches)
     result = {}
-    for kind in MAGNITUDES:
+    config, tones = measured.run.config, Tones.of(measured.run.config)
+    for kind in kinds(config.decode):
         measured.report(f"corruption: {kind}")
         levels = [intact]
         for level in LEVELS[1:]:
             damaged = (
-                corrupt(pixels[each], kind, level, seed=seed, numbers=numbers[each])
+                corrupt(pixels[each], kind, level, seed=seed, numbers=numbers[each], tones=tones)
                 for each in batches
             )
             levels.append(measured.score(damaged)[1])

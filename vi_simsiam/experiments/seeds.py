@@ -29,10 +29,11 @@ from vi_simsiam.engine.run import Resume
 from vi_simsiam.engine.verdict import problem
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.results import read_result
+from vi_simsiam.experiments.agreement import seed_agreement
 from vi_simsiam.experiments.forms import Seeds
 from vi_simsiam.experiments.runner import holds, outcome
 from vi_simsiam.files import read_json, write_json
-from vi_simsiam.text import cell, print_line
+from vi_simsiam.text import cell, counted, print_line
 
 SEEDS = "seeds.json"
 _TRAIN = (sys.executable, "-m", "vi_simsiam", "train")
@@ -109,7 +110,8 @@ def run_seeds(
 ) -> int:
     """Train several seeds at the same time, each in OUT/seed-N with its output in OUT/seed-N.log.
 
-    Prints the state of every run, its result at the end, and the number of runs an hour;
+    Prints the state of every run, its result at the end, and the number of runs an hour; with
+    `--evaluate` also the share of neighbours that the runs have in common, see `seed_agreement`.
     OUT/seeds.json holds the same. A run that fails does not affect the others. SIGINT and SIGTERM
     are passed on to all runs, which save a checkpoint; `--resume` continues the unfinished ones.
 
@@ -187,10 +189,33 @@ def run_seeds(
         return grid
 
     interrupted = supervise(pending, console, table=table, ended=ended, start_more=start_all)
-    _report(out, write(), console)
-    if all(run.exit == 0 for run in runs):
+    content = write()
+    done = all(run.exit == 0 for run in runs)
+    if done and len(runs) > 1 and "--evaluate" in given:
+        try:
+            content["agreement"] = seed_agreement([run.folder for run in runs])
+            write_json(out / SEEDS, content)
+        except InputError as error:  # the trainings themselves have succeeded
+            print_line(console, f"neighbours not compared: {error}")
+    _report(out, content, console)
+    if done:
         return 0
     return INTERRUPTED if interrupted else 1
+
+
+def finished(path: Path) -> list[Path]:
+    """The finished runs in a folder of several seeds, in the order of the seeds; else the run.
+
+    Raises:
+        InputError: no run has finished, or seeds.json is damaged.
+    """
+    if not (path / SEEDS).is_file():
+        return [path]
+    runs = read_json(path / SEEDS, Seeds, "run")["runs"]
+    done = [path / f"seed-{run['seed']}" for run in runs if run["exit"] == 0]
+    if not done:
+        raise InputError(f"run: no run in {path} has finished")
+    return done
 
 
 def _report(out: Path, content: dict[str, Any], console: Console) -> None:
@@ -203,6 +228,15 @@ def _report(out: Path, content: dict[str, Any], console: Console) -> None:
             mean, sd = statistics.mean(shares), statistics.stdev(shares)
             text = f"{name} top-1: mean {mean:.1f} %, standard deviation {sd:.1f} %"
             print_line(console, f"{text} over {len(shares)} seeds")
+    if (found := content.get("agreement")) is not None:
+        shares = [100 * share for share in found["pairs"].values()]
+        spread = f" ({min(shares):.1f} to {max(shares):.1f} %)" if len(shares) > 1 else ""
+        print_line(
+            console,
+            f"neighbours in common: {statistics.mean(shares):.1f} %{spread} of the "
+            f"{found['neighbours']} nearest, over {counted(len(shares), 'pair')} of seeds and "
+            f"{found['images']:,} {found['split']} images",
+        )
     pace = f", {rate:.3g} runs/hour ({content['seconds']:.0f} s)" if rate else ""
     command = shlex.join(["vi-simsiam", "train", "--out", str(out), "--resume"])
     again = f"; go on with: {command}" if done < len(runs) else ""

@@ -26,9 +26,9 @@ from vi_simsiam.data_names import data_label
 from vi_simsiam.engine.log import read_log
 from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import InputError, none_of
+from vi_simsiam.evaluation.comparisons import comparisons
 from vi_simsiam.evaluation.features import ENCODERS, STARTING
 from vi_simsiam.evaluation.results import read_result
-from vi_simsiam.evaluation.uncertainty import comparisons
 from vi_simsiam.export.formats import (
     WEIGHTS,
     outputs,

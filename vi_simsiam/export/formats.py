@@ -90,9 +90,7 @@ def portable(config: TrainConfig) -> dict[str, Any]:
     plain = config.to_dict()
     del plain["data_root"], plain["cache_dir"]
     plain["data"] = data_label(config.data)
-    for name in ("init", "frozen_run"):
-        if plain.get(name) is not None:
-            plain[name] = Path(plain[name]).name
+    plain["init"] = config.init and config.init.name
     return plain
 
 

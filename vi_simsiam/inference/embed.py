@@ -1,12 +1,12 @@
-"""Encodings of all images of a folder: a Parquet file with neighbours, or a ranking by a score."""
+"""Encodings of all images of a folder, and a Parquet file of them with their neighbours."""
 
 from __future__ import annotations
 
-import csv
-import io
+import dataclasses
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -15,25 +15,23 @@ from typing import IO, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from vi_simsiam import __version__
-from vi_simsiam.data.contact_sheet import thumbnails
 from vi_simsiam.data.sources import ImageSource, Unreadable
 from vi_simsiam.engine.forward import nearest
 from vi_simsiam.errors import InputError
 from vi_simsiam.files import naming, write_atomically
 from vi_simsiam.inference.encoder import Encoder
 from vi_simsiam.inference.label_free import (
+    AGREEMENT,
     NEIGHBOURS,
-    SCORES,
     Gaussian,
-    Score,
     knn_distances,
     lengths,
-    measured,
+    neighbour_agreement,
 )
 from vi_simsiam.models import VISimSiam
 from vi_simsiam.paths import printable
@@ -41,8 +39,6 @@ from vi_simsiam.text import brief_repr, counted, print_line
 
 _ROWS = 4096
 """Rows in a row group of the file."""
-# Beginnings of a formula in a cell, full-width ones included (OWASP, "CSV Injection").
-_FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
 @dataclass(frozen=True)
@@ -60,6 +56,9 @@ class Table:
     """(N,) 1 - E[mu.z]; None for SimSiam."""
     skipped: list[Unreadable] = field(default_factory=list)
     """Images that cannot be read."""
+    scores: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    """(N,) each, by name: the lengths of the stages' pooled outputs ("layer1_norm"), and what
+    `with_agreement` adds."""
 
     __repr__ = brief_repr
 
@@ -81,7 +80,7 @@ def collect(
 ) -> Table:
     """Encode all images that can be read.
 
-    Memory is bounded, but for 16 bytes an image: embeddings (4 F bytes an image, 2 kB for a
+    Memory is bounded, but for 32 bytes an image: embeddings (4 F bytes an image, 2 kB for a
     ResNet-18) go to a file without a name in `folder`, which vanishes with the table.
 
     Args:
@@ -100,6 +99,7 @@ def collect(
     skipped: list[Unreadable] = []
     indices: list[NDArray[np.int64]] = []
     predicted: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
+    norms: list[dict[str, Tensor]] = []
     with _progress(console) as progress, naming(folder), tempfile.TemporaryFile(dir=folder) as file:
         task = progress.add_task("encoding", total=len(source))
 
@@ -115,6 +115,7 @@ def collect(
             indices.append(batch.numpy())
             if embeddings:
                 file.write(encoding.embedding.numpy().tobytes())
+            norms.append(encoding.layer_norms)
             if encoding.concentration is not None:
                 predicted.append((encoding.concentration.numpy(), encoding.uncertainty.numpy()))
             progress.advance(task, len(batch))
@@ -128,10 +129,49 @@ def collect(
         if embeddings:
             file.flush()
             kept = np.memmap(file, np.float32, "r", shape=(len(numbers), encoder.model.features))
-    if not predicted:
-        return Table(source, numbers, kept, None, None, skipped)
-    concentration, uncertainty = map(np.concatenate, zip(*predicted, strict=True))
-    return Table(source, numbers, kept, concentration, uncertainty, skipped)
+    scores = {
+        f"{name}_norm": torch.cat([each[name] for each in norms]).numpy() for name in norms[0]
+    }
+    concentration = uncertainty = None
+    if predicted:
+        concentration, uncertainty = map(np.concatenate, zip(*predicted, strict=True))
+    return Table(source, numbers, kept, concentration, uncertainty, skipped, scores)
+
+
+def with_agreement(
+    tables: Sequence[Table], references: Sequence[Table] | None, device: torch.device
+) -> Table:
+    """The first table with the score "neighbour_agreement" of all, see `label_free`.
+
+    There is none of a single table, or where images have no neighbours.
+
+    Args:
+        tables: of the same images by several runs.
+        references: images that neighbours are among, by the same runs; None for those of `tables`.
+        device: where neighbours are computed.
+
+    Raises:
+        InputError: an image could be read for one run only.
+    """
+    among = tables if references is None else references
+    for parts in (tables, among):
+        if any(not np.array_equal(part.indices, parts[0].indices) for part in parts):
+            raise InputError(
+                f"images: {parts[0].source.name} changed while the runs read it; start again"
+            )
+    first, count = tables[0], len(among[0].indices) - (references is None)
+    if len(tables) == 1 or count == 0:
+        return first
+    keys = [None if references is None else table.embedding for table in among]
+    found = [
+        nearest(table.embedding, each, NEIGHBOURS, device=device)
+        for table, each in zip(tables, keys, strict=True)
+    ]
+    blocks = [
+        neighbour_agreement([which for which, _ in each]) for each in zip(*found, strict=True)
+    ]
+    column = torch.cat(blocks).float().cpu().numpy()
+    return dataclasses.replace(first, scores={**first.scores, AGREEMENT: column})
 
 
 def write_parquet(
@@ -148,11 +188,11 @@ def write_parquet(
 
     Columns: path (string), path_bytes (binary, the path's bytes in the file system), embedding
     (list of float32), concentration and uncertainty (float32, null for SimSiam), embedding_norm
-    (float32, its length), knn_distance (float32, 1 minus the mean cosine to the 20 nearest images),
-    mahalanobis (float32, the squared distance to the mean of all images, see `Gaussian`),
-    neighbours (list of strings, their paths) and similarities (list of float32, their cosines). The
-    last two and knn_distance are null for 0 neighbours; a single image has no knn_distance. Strings
-    must be UTF-8: other bytes of a path are escaped.
+    (float32, its length), the table's `scores` (float32), knn_distance (float32, 1 minus the mean
+    cosine to the 20 nearest images), mahalanobis (float32, the squared distance to the mean of all
+    images, see `Gaussian`), neighbours (list of strings, their paths) and similarities (list of
+    float32, their cosines). The last two and knn_distance are null for 0 neighbours; a single image
+    has no knn_distance. Strings must be UTF-8: other bytes of a path are escaped.
 
     Args:
         table: the images.
@@ -176,6 +216,7 @@ def write_parquet(
         "concentration": number,
         "uncertainty": number,
         "embedding_norm": number,
+        **dict.fromkeys(table.scores, number),
         "knn_distance": number,
         "mahalanobis": number,
         "neighbours": pa.list_(text),
@@ -201,6 +242,7 @@ def write_parquet(
         embedding = table.embedding[rows.start : rows.stop]
         values["embedding"] = lists(embedding)
         values["embedding_norm"] = lengths(embedding).astype(np.float32)
+        values |= {name: score[rows.start : rows.stop] for name, score in table.scores.items()}
         values["mahalanobis"] = gaussian.distances(embedding).astype(np.float32)
         if table.concentration is not None and table.uncertainty is not None:
             values["concentration"] = table.concentration[rows.start : rows.stop]
@@ -248,95 +290,6 @@ def describe(encoder: Encoder, source: ImageSource, views: int | None, seed: int
             **{name: version(name) for name in ("torch", "torchvision", "pillow", "pyarrow")},
         },
     }
-
-
-def extremes(values: NDArray[Any], count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Indices of the `count` lowest values, ascending, and of the `count` highest, descending.
-
-    Equal values keep their order. No index is in both: of fewer than 2 `count` values the lower
-    half is in the first.
-    """
-    order = np.argsort(values, kind="stable")
-    low = min(count, -(-len(values) // 2))
-    high = min(count, len(values) - low)
-    return order[:low], order[::-1][:high]
-
-
-def score_values(table: Table, by: Score, device: torch.device) -> NDArray[np.float64]:
-    """The values of a score of all images of a table, (N,) float64; see `label_free.measured`.
-
-    Raises:
-        InputError: a single image has no neighbours.
-    """
-    if by == "kappa":
-        assert table.concentration is not None
-        return table.concentration.astype(np.float64)
-    if by == "knn_distance" and len(table.indices) < 2:
-        raise InputError("by: knn_distance needs at least 2 images; 1 can be read")
-    return measured(by, table.embedding, device)
-
-
-def write_ranking(table: Table, by: Score, values: NDArray[np.float64], out: Path) -> None:
-    """Write the images as CSV: rank (1 is the least certain), path and the score; with kappa also
-    the uncertainty.
-
-    Paths are written as bytes of the file system, which Python reads with
-    errors="surrogateescape". Programs for tables take a cell that begins with = + - @, a tab or an
-    end of line for a formula: such a path begins with ./ instead, which names the same file.
-
-    Args:
-        table: N images.
-        by: the score.
-        values: (N,) of the score.
-        out: the file.
-    """
-    columns: dict[str, NDArray[Any]] = {by: values}
-    if by == "kappa":
-        assert table.uncertainty is not None
-        columns["uncertainty"] = table.uncertainty
-    text = io.StringIO()
-    plain = csv.writer(text, lineterminator="\n")
-    quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
-    plain.writerow(["rank", "path", *columns])
-    certainty = -values if SCORES[by].rises else values
-    for rank, row in enumerate(np.argsort(certainty, kind="stable").tolist(), 1):
-        path = no_formula(table.path(row))
-        numbers = [f"{column[row]:.9g}" for column in columns.values()]
-        # Python before 3.13 does not quote a carriage return, at which readers end the row.
-        (quoted if "\r" in path else plain).writerow([rank, path, *numbers])
-    content = text.getvalue().encode("utf-8", "surrogateescape")
-    write_atomically(out, lambda file: file.write(content))
-
-
-def no_formula(path: str) -> str:
-    """Return a path that programs for tables take for text: ./ before what begins a formula."""
-    return f"./{path}" if path.startswith(_FORMULAS) else path
-
-
-def draw_ranking(
-    table: Table, by: Score, values: NDArray[np.float64], dim: int, k: int
-) -> Image.Image:
-    """Draw the k >= 1 least and most certain images, see `extremes`, and the score under each.
-
-    For kappa that is kappa/(D - 1), with D = `dim`. Other arguments are as for `write_ranking`.
-
-    Raises:
-        InputError: an image can no longer be read.
-    """
-    title, rises = SCORES[by]
-    values = values / (dim - 1) if by == "kappa" else values
-    words = ("highest", "lowest") if rises else ("lowest", "highest")
-    titles = (f"Least certain: {words[0]} {title}", f"Most certain: {words[1]} {title}")
-    groups = []
-    for title, rows in zip(titles, extremes(-values if rises else values, k), strict=True):
-        images = [table.source.image(int(index)) for index in table.indices[rows]]
-        if images:
-            groups.append((title, list(zip(images, map(_shown, values[rows]), strict=True))))
-    return thumbnails(groups)
-
-
-def _shown(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _progress(console: Console | None) -> Progress:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +26,7 @@ from vi_simsiam.errors import ImageWarning, InputError
 from vi_simsiam.inference.images import Images, open_images, read
 from vi_simsiam.inference.product import product_of_experts
 from vi_simsiam.paths import user_path
+from vi_simsiam.stages import recorded
 from vi_simsiam.text import brief_repr
 
 _MOST_WHOLE = 64
@@ -46,6 +47,8 @@ class Encoding:
     """(N,) length of the predictions before they were normalised."""
     concentration: Tensor | None
     """(N,) kappa, at least 0; None for SimSiam, which predicts none."""
+    layer_norms: dict[str, Tensor] = field(default_factory=dict)
+    """(N,) lengths of the pooled outputs of the backbone's stages by name, see `stages.stages`."""
 
     __repr__ = brief_repr
 
@@ -73,8 +76,9 @@ class Encoding:
     @classmethod
     def joined(cls, parts: Sequence[Encoding]) -> Encoding:
         """Concatenate several encodings (at least one) by the same model."""
-        columns = zip(*(vars(part).values() for part in parts), strict=True)
+        *columns, norms = zip(*(vars(part).values() for part in parts), strict=True)
         joined: list[Any] = [None if each[0] is None else torch.cat(each) for each in columns]
+        joined.append({name: torch.cat([part[name] for part in norms]) for name in norms[0]})
         return cls(*joined)
 
 
@@ -118,7 +122,7 @@ class Encoder:
             views: None for the un-augmented view; M to join M random global views of each image by
                 the run's own policy. The distribution is their `product_of_experts` (for SimSiam,
                 whose concentration is one constant, the normalised sum); embedding, projection and
-                loc_norm are means over the views.
+                lengths are means over the views.
             seed: of the views: those of image i are a function of seed, i and its size.
             batch_size: images at a time, at least 1; with several views, views at a time.
 
@@ -246,13 +250,16 @@ class Encoder:
             joined, concentration = F.normalize(loc.sum(1), dim=-1), None
         else:
             joined, concentration = product_of_experts(loc, each.concentration.unflatten(0, shape))
-        return Encoding(embedding, projection, joined, loc_norm, concentration)
+        norms = {name: norm.unflatten(0, shape).mean(1) for name, norm in each.layer_norms.items()}
+        return Encoding(embedding, projection, joined, loc_norm, concentration, norms)
 
     def _forward(self, views: Tensor) -> Encoding:
         """The encoding of normalised views (B, 3, h, w)."""
-        with evaluating(self.model, self.device):
-            columns = self.model.encode(views.to(self.device, torch.float32))
+        views = views.to(self.device, torch.float32)
+        with evaluating(self.model, self.device), recorded(self.model.backbone) as norms:
+            columns = self.model.encode(views)
         found: list[Any] = [None if each is None else each.float().cpu() for each in columns]
+        found.append({name: each.float().cpu() for name, each in norms.items()})
         return Encoding(*found)
 
 
@@ -289,7 +296,8 @@ def _numbered(
     encoding: Encoding, indices: Sequence[int], describe: Callable[[int], str]
 ) -> tuple[Tensor, Encoding]:
     """The numbers of images (B,) int64, and their encoding, if all of it is finite."""
-    for column in vars(encoding).values():
+    *columns, norms = vars(encoding).values()
+    for column in (*columns, *norms.values()):
         if column is not None and not torch.isfinite(column).all():
             row = int((~torch.isfinite(column.reshape(len(column), -1))).any(1).nonzero()[0])
             raise InputError(

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from vi_simsiam.engine.forward import nearest
+from vi_simsiam.stages import NAMES as STAGES
 
 NEIGHBOURS = 20
-"""Neighbours of the score "knn_distance"."""
+"""Neighbours of the scores "knn_distance" and "neighbour_agreement"."""
+AGREEMENT = "neighbour_agreement"
 _BLOCK = 4096  # rows in memory at a time
 
-Score = Literal["kappa", "embedding_norm", "knn_distance", "mahalanobis"]
+Score = Literal["embedding_norm", "knn_distance", "mahalanobis"]
+"""Scores of embeddings."""
 
 
 class Meaning(NamedTuple):
@@ -26,11 +31,16 @@ class Meaning(NamedTuple):
     """True if it is high for uncertain images."""
 
 
-SCORES: dict[Score, Meaning] = {
+SCORES = {
     "kappa": Meaning("κ / (D − 1)", rises=False),
     "embedding_norm": Meaning("length of the embedding", rises=False),
+    **{
+        f"{name}_norm": Meaning(f"length of the pooled output of {name}", rises=False)
+        for name in STAGES
+    },
     "knn_distance": Meaning("distance to the nearest neighbours", rises=True),
     "mahalanobis": Meaning("Mahalanobis distance", rises=True),
+    AGREEMENT: Meaning("share of neighbours that the seeds have in common", rises=False),
 }
 
 
@@ -75,6 +85,32 @@ def knn_distances(cosines: NDArray[np.float32]) -> NDArray[np.float64]:
     return distances
 
 
+def common_neighbours(first: Tensor, second: Tensor) -> Tensor:
+    """Share of each image's neighbours in one space that are its neighbours in another, too.
+
+    Args:
+        first, second: numbers of the neighbours, (M, K) int64, K >= 1.
+
+    Returns:
+        (M,) float64, from 0 to 1.
+    """
+    return (first.unsqueeze(2) == second.unsqueeze(1)).any(2).double().mean(1)
+
+
+def neighbour_agreement(near: Sequence[Tensor]) -> Tensor:
+    """Mean share of neighbours in common over all pairs of R >= 2 spaces, (M,) float64.
+
+    It is the neighbourhood consistency of Park et al. ("Quantifying Representation Reliability in
+    Self-Supervised Learning Models", arXiv 2306.00206), with that share as the similarity of two
+    neighbourhoods: low where networks that differ in their seed place an image differently.
+
+    Args:
+        near: numbers of the neighbours in each space, (M, K) int64 each, K >= 1.
+    """
+    pairs = itertools.combinations(near, 2)
+    return torch.stack([common_neighbours(first, second) for first, second in pairs]).mean(0)
+
+
 def lengths(rows: NDArray[np.float32]) -> NDArray[np.float64]:
     """Euclidean lengths of embeddings (M, F), (M,)."""
     return np.concatenate([np.linalg.norm(block, axis=1) for block in _blocks(rows)])
@@ -86,7 +122,7 @@ def measured(score: Score, rows: NDArray[np.float32], device: torch.device) -> N
     No embedding is its own neighbour.
 
     Args:
-        score: any but "kappa".
+        score: which one.
         rows: (N, F) embeddings, N >= 1, for "knn_distance" N >= 2.
         device: where neighbours are computed.
     """
