@@ -63,7 +63,9 @@ def _bench(seconds: float, *arguments: str) -> Stage:
     return _ours(seconds, "bench", *arguments, "--out", "benchmarks/results")
 
 
-_IN_GRAPH_STAGE = ("graph_gpu", "step", "device_feed", "classifiers", "linear", "evaluation")
+_IN_GRAPH_STAGE = (
+    *("graph_gpu", "step", "device_feed", "channel_feed", "classifiers", "linear", "evaluation"),
+)
 _OWN_STAGES = "not sanitizer and not offsets"
 _PAGES = ("README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")))
 STAGES = {

@@ -36,6 +36,10 @@ _VIEWS = (
 _DECODE = "--background white --value-range 0 4095 --frames all"
 _CHANNELS = "--channels 3 --bits 16 --mean 0.5 0.4 0.3 --std 0.2 0.2 0.1"
 _BENCH = "--device cpu --short --rounds 3 --out {here}"
+_FURTHER = (
+    "experiment further --data {images} --preset demo --seeds 1 --epochs 1 --size 16 --images 24 "
+    "--val-images 8 --arms starting --devices cpu --data-root {here} --cache-dir {here}/cache"
+)
 
 RUNS = {
     "train simsiam": f"""
@@ -62,7 +66,8 @@ RUNS = {
     "train pretrained": f"""
         {_TRAIN} --backbone resnet34 --pretrained
         fit-kappa resnet34 --data {{images}} --pretrained --out {{out}} --overwrite --size 16 \
-            --views 2 --epochs 1 --device cpu --workers 0 => "views": 2""",
+            --views 2 --epochs 1 --device cpu --workers 0 => "views": 2
+        {_FURTHER} --backbone resnet34 --pretrained --out {{out}}/further => "pretrained": true""",
     "train from weights": f"""
         {_TRAIN} --init {{simsiam}} => init: 6 of the backbone's 6 tensors""",
     "train settings": f"""
@@ -153,4 +158,6 @@ RUNS = {
             --batch-size 8 --dim 16 --arms byol --ema 0.9 --images 24 --val-images 8 --devices cpu \
             --parallel 2 --threads 1 --workers 1 --data-root {here} --offline --cache-dir \
             {here}/cache --out {out} => momentum 0.9""",
+    "experiment further": f"""
+        {_FURTHER} --init {{simsiam}} --out {{out}} => fitted to them""",
 }
