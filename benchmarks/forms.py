@@ -6,7 +6,7 @@ import re
 from typing import Annotated, Any, NotRequired, TypedDict
 
 from vi_simsiam.checks import NOT_NEGATIVE, POSITIVE, Rule, at_least
-from vi_simsiam.evaluation.forms import Label, Text
+from vi_simsiam.evaluation.forms import Label, Share, Text
 
 _Count = Annotated[int, at_least(1)]
 _Version = Annotated[
@@ -14,6 +14,9 @@ _Version = Annotated[
 ]
 _Figure = Annotated[float, NOT_NEGATIVE] | None
 _FEW = Rule(lambda x: len(x) <= 100, "at most 100 of them")
+_SOME = Rule(lambda x: 1 <= len(x) <= 100, "1 to 100 of them")
+_Shares = Annotated[list[Share], _SOME]
+_Counts = Annotated[list[Annotated[int, NOT_NEGATIVE]], _SOME]
 
 
 class _Times(TypedDict):
@@ -173,6 +176,25 @@ class _Accuracy(_Head):
     providers: dict[Label, Text | list[_Errors]]
 
 
+class _Kind(TypedDict):
+    scores: Annotated[dict[Label, Text | _Shares], _FEW]
+    found: _Shares
+    false_alarms: _Counts
+    clean: _Counts
+
+
+class _CleanCase(TypedDict):
+    name: Label
+    images: _Count
+    encoder: Label
+    foreign: Label
+    kinds: Annotated[dict[Label, _Kind], _SOME]
+
+
+class _Clean(_Head):
+    cases: Annotated[list[_CleanCase], _FEW]
+
+
 class _Cell(TypedDict):
     python: _Version
     torch: _Version
@@ -188,7 +210,7 @@ class _Cell(TypedDict):
 class _Matrix(TypedDict):
     benchmark: str
     platform: Label
-    cases: Annotated[list[_Cell], Rule(lambda x: 1 <= len(x) <= 100, "1 to 100 of them")]
+    cases: Annotated[list[_Cell], _SOME]
 
 
 FORMS: dict[str, Any] = {
@@ -198,6 +220,7 @@ FORMS: dict[str, Any] = {
     "step": _Step,
     "train": _Train,
     "accuracy": _Accuracy,
+    "clean": _Clean,
     "matrix": _Matrix,
 }
 """By benchmark."""

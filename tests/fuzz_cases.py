@@ -50,7 +50,9 @@ _SECTIONS = {
     "step": ("step", "layers", "launches", "phases", "pipeline-cpu-targets"),
     "train": ("train", "pipeline-gpu-targets", "pipeline-cpu-targets"),
     "accuracy": ("accuracy",),
+    "clean": ("clean",),
 }
+_WITHOUT_TIMES = ("accuracy", "clean")
 
 
 class Reader(NamedTuple):
@@ -98,6 +100,7 @@ def readers(folder: Path) -> list[Reader]:
         **{name: scripted_pipeline(name) for name in ("augment", "step", "train")},
         "batch_norm": json.loads((BENCHMARKS / "batch_norm.json").read_text()),
         "accuracy": json.loads((BENCHMARKS / "accuracy.json").read_text()),
+        "clean": json.loads((BENCHMARKS / "clean.json").read_text()),
     }
     whole["batch_norm"]["cases"] = whole["batch_norm"]["cases"][:1]
     step = json.loads((BENCHMARKS / "step.json").read_text())
@@ -144,7 +147,7 @@ def readers(folder: Path) -> list[Reader]:
         *(
             Reader(f"plots of {name}", _encoded(content), _plots, f"{name}.json", share=0.03)
             for name, content in whole.items()
-            if name != "accuracy"
+            if name not in _WITHOUT_TIMES
         ),
     ]  # fmt: skip
 
@@ -257,7 +260,7 @@ def _benchmark(path: Path) -> None:
     content = read_benchmark(path, path.stem)
     for kind in _SECTIONS[path.stem]:
         report.fill(f"<!-- bench: {kind} {path.name} -->\n<!-- /bench -->", path.parent)
-    if path.stem != "accuracy":
+    if path.stem not in _WITHOUT_TIMES:
         compare.compare(content, content)
 
 

@@ -150,6 +150,9 @@ RUNS = {
             0 --target-accuracy 0.1 --resume => 2x16+1x8, batch 8""",
     "bench accuracy": """
         bench accuracy --device cpu --out {here} => 1,000,000""",
+    "bench clean": """
+        bench clean --data folder:{images} --encoder {run} --foreign folder:{others} --images 40 \
+            --seeds 1 --device cpu --out {here} => written: {here}/cpu/clean.json""",
     "experiment": """
         experiment controls --data {images} --preset demo --seeds 1 --epochs 1 --size 16 \
             --batch-size 8 --dim 16 --arms byol --ema 0.9 --images 24 --val-images 8 --devices cpu \

@@ -16,7 +16,7 @@ from test_escaping import NAME, assert_inert, assert_lines
 from vi_simsiam.cleaning import find
 from vi_simsiam.cleaning.anchors import anchors
 from vi_simsiam.cleaning.duplicates import find_copies
-from vi_simsiam.cleaning.facts import FACTS, facts_of
+from vi_simsiam.cleaning.facts import FACTS, SIDE, facts_of
 from vi_simsiam.cleaning.find import KINDS, _robust
 from vi_simsiam.cleaning.labels import doubt
 from vi_simsiam.cli import main
@@ -140,7 +140,7 @@ def test_copies_across_parts_are_leakage(run: Path, tmp_path: Path) -> None:
 def test_similarity_is_the_least_correlation(run: Path, tmp_path: Path) -> None:
     images = tmp_path / "images"
     save_scenes(images, range(4))
-    scene(2).save(images / "near.jpg", quality=30)
+    scene(2).save(images / "near.jpg", quality=60)
     (issue,) = cleaned(run, images, tmp_path / "out")
     assert issue["kind"] == "near_duplicate"
     stricter = ["--similarity", f"{float(issue['score']) + 0.001}"]
@@ -246,9 +246,9 @@ def test_groups_keep_their_first_image() -> None:
     """An exact copy and two near ones, of which the last was compared with the third alone."""
     generator = np.random.default_rng(0)
     facts = np.zeros(5, FACTS)
-    noise = generator.normal(size=(24, 24))
+    noise = generator.normal(size=(SIDE, SIDE))
     for row, share in enumerate((0, 0, 0.3, 0.6, 5)):
-        values = np.random.default_rng(9).normal(size=(24, 24)) + share * noise
+        values = np.random.default_rng(9).normal(size=(SIDE, SIDE)) + share * noise
         facts["thumbnail"][row] = np.clip(128 + 20 * values, 0, 255)
         facts["digest"][row] = bytes([max(row, 1)] * 16)
     embedding = np.eye(5, dtype=np.float32)

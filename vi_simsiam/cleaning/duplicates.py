@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from vi_simsiam.cleaning.alignment import aligned_correlation
 from vi_simsiam.cleaning.facts import SIDE
 from vi_simsiam.engine.forward import nearest
 
 CANDIDATES = 8
-"""Nearest images by the cosine of embeddings that are compared pixel by pixel."""
-THRESHOLD = 0.9
-"""Correlation of thumbnails from which two images are near duplicates."""
-_CROPS = (1.0, 0.97, 0.95, 0.93, 0.9)  # sides of the crops that are tried
-_PLACES = (0.0, 0.25, 0.5, 0.75, 1.0)
-_ALIKE = 0.7  # correlation of brightness from which crops are tried, too
+"""Nearest images by the cosine of embeddings, and as many by that of small thumbnails, that are
+compared pixel by pixel."""
+THRESHOLD = 0.95
+"""Correlation of aligned thumbnails from which two images are near duplicates."""
+_SHRINK = 4  # thumbnails of 12 pixels give candidates
 _BLOCK = 1024  # pairs compared at a time
 
 
@@ -45,8 +43,10 @@ def find_copies(
     """Find exact copies by their digests, near ones among the nearest neighbours.
 
     Two images are near duplicates if the details of their gray thumbnails correlate at `threshold`
-    or more, as they are or once either is cropped by up to a tenth of its sides. Groups are the
-    connected components of such pairs. Takes N^2 F operations.
+    or more, once their rows and columns are scaled and shifted to fit (`aligned_correlation`).
+    Candidates are the nearest by embedding, and by brightness at 12 pixels a side for encoders
+    that have learned little. Groups are the connected components of such pairs. Takes
+    N^2 (F + 144) operations.
 
     Args:
         embedding: (N, F) in memory or mapped.
@@ -61,8 +61,9 @@ def find_copies(
     _, first, group = np.unique(facts["digest"], return_index=True, return_inverse=True)
     lead = first[group]  # by image, the first with the same pixels
     alone = np.sort(first)
-    pairs = _candidates(embedding if len(alone) == count else embedding[alone], device)
-    pairs = alone[pairs]
+    small = _small(facts["thumbnail"][alone])
+    rows = embedding if len(alone) == count else embedding[alone]
+    pairs = alone[np.unique(np.concatenate([_near(rows, device), _near(small, device)]), axis=0)]
     values = _correlations(facts["thumbnail"], pairs, device)
     similarity = np.where(np.bincount(group)[group] > 1, 1.0, 0.0)
     for column in pairs.T:
@@ -89,58 +90,33 @@ def find_copies(
     return Copies(similarity, other, pair)
 
 
-def _candidates(embedding: NDArray[np.float32], device: torch.device) -> NDArray[np.int64]:
-    """Pairs (P, 2) of an image and one of its nearest, each pair once, the smaller number first."""
+def _small(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Brightness of thumbnails (N, 48, 48) at 12 pixels a side, less its mean, (N, 144)."""
+    side = SIDE // _SHRINK
+    blocks = thumbnails.reshape(-1, side, _SHRINK, side, _SHRINK)
+    means = blocks.mean((2, 4), dtype=np.float32).reshape(-1, side * side)
+    centred: NDArray[np.float32] = means - means.mean(1, keepdims=True)
+    return centred
+
+
+def _near(rows: NDArray[np.float32], device: torch.device) -> NDArray[np.int64]:
+    """Pairs (P, 2) of an image and one of its nearest, the smaller number first."""
     pairs = [np.empty((0, 2), np.int64)]
     start = 0
-    for which, _ in nearest(embedding, None, CANDIDATES, device=device):
-        rows = np.repeat(np.arange(start, start + len(which)), which.shape[1])
-        pairs.append(np.sort(np.stack([rows, which.cpu().numpy().ravel()], 1), axis=1))
+    for which, _ in nearest(rows, None, CANDIDATES, device=device):
+        first = np.repeat(np.arange(start, start + len(which)), which.shape[1])
+        pairs.append(np.sort(np.stack([first, which.cpu().numpy().ravel()], 1), axis=1))
         start += len(which)
-    return np.unique(np.concatenate(pairs), axis=0)
+    return np.concatenate(pairs)
 
 
 def _correlations(
     thumbnails: NDArray[np.uint8], pairs: NDArray[np.int64], device: torch.device
 ) -> NDArray[np.float64]:
-    """Correlation of the details of each pair (P, 2) of thumbnails, best aligned, (P,)."""
-    crops = _crops(device)
+    """Correlation of the details of each pair (P, 2) of thumbnails, aligned, (P,)."""
     found = [np.empty(0)]
     for start in range(0, len(pairs), _BLOCK):
         block = thumbnails[pairs[start : start + _BLOCK]]
         images = torch.from_numpy(block).to(device).float()
-        values = _details(images).prod(1).sum(1)
-        alike = _unit(images.flatten(-2)).prod(1).sum(1) >= _ALIKE
-        images, best = images[alike], values[alike]
-        whole = _details(images)
-        for rows, columns in crops:
-            cut = _details(rows @ images @ columns.mT)
-            for cropped, other in ((0, 1), (1, 0)):
-                best = torch.maximum(best, (cut[:, cropped] * whole[:, other]).sum(1))
-        values[alike] = best
-        found.append(values.double().cpu().numpy())
+        found.append(aligned_correlation(images[:, 0], images[:, 1]).double().cpu().numpy())
     return np.concatenate(found)
-
-
-def _crops(device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Matrices (24, 24) for rows and columns that stretch a part of an image to the whole."""
-    places = torch.arange(SIDE, dtype=torch.float32)
-    found: list[tuple[Tensor, Tensor]] = []
-    for share in _CROPS:
-        sides = []
-        for shift in _PLACES if share < 1 else _PLACES[:1]:
-            at = ((places + 0.5) * share + shift * (1 - share) * SIDE - 0.5).clamp(0, SIDE - 1)
-            weight = (1 - (at[:, None] - places).abs()).clamp_min(0)  # linear interpolation
-            sides.append(weight.to(device))
-        found += itertools.product(sides, sides)
-    return found
-
-
-def _details(images: Tensor) -> Tensor:
-    """Differences of neighbouring pixels of (..., 24, 24), without their mean, of unit length."""
-    steps = [images.diff(dim=axis).flatten(-2) for axis in (-2, -1)]
-    return _unit(torch.cat(steps, -1))
-
-
-def _unit(values: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(values - values.mean(-1, keepdim=True), dim=-1)

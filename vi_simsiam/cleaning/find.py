@@ -118,7 +118,7 @@ def examine(
 ) -> Findings:
     """Look for problems in one or two parts of a data set; its files are only read.
 
-    Images are read twice, and compared in N^2 F operations; 4 F + 608 bytes are kept of each. The
+    Images are read twice, and compared in N^2 F operations; 4 F + 2,336 bytes are kept of each. The
     same images give the same findings on one machine, but for rounding.
 
     Args:

@@ -46,7 +46,7 @@ COMMANDS = {
     "info": ("use", "versions, devices, and which backends are available"),
     "bench": (
         "use",
-        "benchmarks: bench loss|batch_norm|augment|step|train|compare|accuracy|report",
+        "benchmarks: bench loss|batch_norm|augment|step|train|compare|accuracy|clean|report",
     ),
 }
 """By name: the module in this package with the function of that name, and a description."""
@@ -59,6 +59,7 @@ BENCHMARKS = {
     "train": ("train", "whole trainings: ours, plain and tuned PyTorch, lightly"),
     "compare": ("compare", "two result files; exits 1 if anything became slower beyond the noise"),
     "accuracy": ("accuracy", "errors of the loss at large concentrations"),
+    "clean": ("clean", "problems put into a set of images, and how many `clean` finds"),
     "report": ("report", "write the tables in Markdown files from the result files they name"),
 }
 """By name: the module in `vi_simsiam.benchmarks`, and a description."""

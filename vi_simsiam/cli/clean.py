@@ -28,8 +28,8 @@ class _Clean(SourceOptions):
     """A run folder."""
     out: Path = Path("cleaning")
     """Folder to write: issues.csv, scores.csv, a picture for each kind, index.html."""
-    similarity: float = 0.9
-    """Correlation of two thumbnails from which images are near duplicates."""
+    similarity: float = 0.95
+    """Correlation of two aligned thumbnails from which images are near duplicates."""
     checkpoint: Literal["last", "best"] = "last"
     """Weights of the run: the last, or those with the best kNN accuracy during training."""
     device: str = "auto"
