@@ -66,6 +66,18 @@ def test_images_without_details_have_no_correlation(facts: np.ndarray) -> None:
     assert aligned_correlation(stripes, stripes).min() > 0.999
 
 
+def test_a_copy_is_one_of_an_earlier_image() -> None:
+    """The second and fourth image are crops of the third, and hardly alike themselves."""
+    whole = scene(0, 128)
+    parts = [whole.crop(box).resize((128, 128)) for box in ((0, 0, 103, 103), (25, 25, 128, 128))]
+    images = [scene(1, 128), parts[0], whole, parts[1], parts[1]]
+    each = np.concatenate([facts_of(image).view(FACTS) for image in images])
+    copies = find_copies(np.ones((5, 4), np.float32), each, device=CPU)
+    assert copies.other.tolist()[:3] == [-1, -1, 1]
+    assert copies.other[3] in (1, 2)
+    assert copies.other[4] == 3
+
+
 def test_an_encoder_that_has_learned_nothing_is_no_hindrance(facts: np.ndarray) -> None:
     generator = np.random.default_rng(0)
     embedding = generator.normal(size=(len(facts), 64)).astype(np.float32)

@@ -316,6 +316,7 @@ def test_thumbnails_take_rows_of_eight() -> None:
         ("embed RUN IMAGES --out OUT.parquet --neighbours -1", "neighbours: -1"),
         ("embed RUN IMAGES --out OUT.parquet --views 0", "views: 0 must be an integer of at least"),
         ("embed RUN IMAGES/nothing --out OUT.parquet", "images: IMAGES/nothing is not there; give"),
+        ("rank RUN LIST.csv --out OUT", "images: LIST.csv has no column path"),
         ("embed RUN BAD --out OUT.parquet", "BAD has 2 images, but none that can be read: BAD/bro"),
         ("embed RUN IMAGES --out OUT.parquet --reference EMPTY", "EMPTY holds no image"),
         ("embed IMAGES IMAGES --out OUT.parquet", "run: IMAGES holds no run"),
@@ -338,9 +339,10 @@ def test_bad_input_is_one_line_and_writes_nothing(
     save_images(tmp_path / "IMAGES", 2)
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "BAD").mkdir()
+    (tmp_path / "LIST.csv").write_text("a,b\n1,2\n")
     for name in ("broken.png", "other.gif"):
         (tmp_path / "BAD" / name).write_bytes(b"nothing")
-    for name in ("IMAGES", "EMPTY", "BAD", "OUT"):
+    for name in ("IMAGES", "EMPTY", "BAD", "LIST", "OUT"):
         place = str(tmp_path / name)
         arguments, message = arguments.replace(name, place), message.replace(name, place)
     if "SIMSIAM" in arguments:

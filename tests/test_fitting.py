@@ -25,6 +25,7 @@ from vi_simsiam.engine.checkpoint import Checkpoint, checkpoint_path, load_last
 from vi_simsiam.engine.run import read_config
 from vi_simsiam.errors import InputError, TrainingError
 from vi_simsiam.evaluation.metrics import auroc
+from vi_simsiam.export import export_run
 from vi_simsiam.fitting import fit_concentration
 from vi_simsiam.models import build_model
 
@@ -37,6 +38,11 @@ class Brightness(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         means = images.mean((2, 3))
         return torch.cat((means, means.square(), images[:, :, ::4, ::4].flatten(1)), 1)
+
+
+class One(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((1, 2, 3))[:, None]
 
 
 def two_kinds(count: int) -> np.ndarray:
@@ -250,7 +256,10 @@ def test_channels_are_normalised_by_their_own_constants() -> None:
     ("changed", "message"),
     [
         ({"encoder": "resnet1"}, r"backbone: 'resnet1'"),
-        ({"encoder": nn.Identity()}, r"encoder: its output for 2 images is \(2, 3, 8, 8\)"),
+        ({"encoder": "runs/resnet1"}, "encoder: runs/resnet1 is no folder; give a run folder"),
+        ({"encoder": nn.Identity()}, r"encoder: it gives shape \(2, 3, 8, 8\) for 2 images"),
+        ({"encoder": nn.Linear(9, 2)}, r"encoder: it cannot take views of 8 pixels \(mat1"),
+        ({"encoder": One()}, "encoder: features of width 1 is not accepted"),
         ({"views": 1}, "views: 1 is not accepted; it must be between 2 and 256"),
         ({"epochs": 0}, "epochs: 0 is not accepted"),
         ({"images": two_kinds(1)}, "images: 2 is not accepted; it must be at least 4"),
@@ -267,6 +276,14 @@ def test_bad_input_is_refused_in_one_line(
         given["out"] = tmp_path / str(given["out"])
     with pytest.raises(InputError, match=message):
         fit_concentration(**given)  # type: ignore[arg-type]
+
+
+def test_a_fit_without_a_run_folder_is_not_exported() -> None:
+    state = torch.get_rng_state()
+    fitted = fit_concentration(Brightness(), two_kinds(4), views=2, size=8, config=ON_CPU)
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(InputError, match="run: it was fitted without a run folder"):
+        export_run(fitted.encoder.run, "safetensors")
 
 
 def test_a_network_of_fixed_size_keeps_the_size_of_its_run(tmp_path: Path) -> None:

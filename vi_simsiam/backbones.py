@@ -67,12 +67,14 @@ def build_backbone(
             _open_residuals(network)
         own = timm_settings(rest).input_size[-1]
         advice = f"its own size is --size {own}"
-        return network, pooled_width(network, name, sizes or (own,), channels, advice)
+        return network, pooled_width(
+            network, f"backbone: {name}", sizes or (own,), channels, advice
+        )
     if kind == "module":
         # On the meta device it could not read values while it is built.
         with torch.device("cpu"):
             network = build_module(rest)
-            features = pooled_width(network, name, sizes or (224,), channels)
+            features = pooled_width(network, f"backbone: {name}", sizes or (224,), channels)
         return network.to(torch.get_default_device()), features
     check_backbone(name)
     network, features = plain_resnet(

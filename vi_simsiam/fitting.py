@@ -51,6 +51,7 @@ from vi_simsiam.inference.encoder import Encoder
 from vi_simsiam.inference.images import Images, open_images
 from vi_simsiam.info import versions
 from vi_simsiam.models import Output, VISimSiam
+from vi_simsiam.other_backbones import pooled_width
 from vi_simsiam.paths import user_path
 from vi_simsiam.text import counted, print_line
 
@@ -209,6 +210,11 @@ def _model(
         config = dataclasses.replace(config, model=parts, augment=augment)
         backbone: nn.Module = whole.backbone
     elif not isinstance(encoder, nn.Module):
+        if ":" not in str(encoder) and len(Path(encoder).parts) > 1:
+            raise InputError(
+                f"encoder: {encoder} is no folder; give a run folder, or a backbone by name as for "
+                "train --backbone"
+            )
         parts = dataclasses.replace(config.model, backbone=str(encoder))
         config = dataclasses.replace(config, model=parts)
         config = suited(config, splits.train, size=size)
@@ -224,11 +230,13 @@ def _model(
     else:
         config = dataclasses.replace(suited(config, splits.train, size=size), warmup_epochs=0.0)
         backbone = copy.deepcopy(encoder).to(device)  # the user's own stays as it is
-    width = _width(backbone, config.decode.channels, config.augment.size, device)
+    sizes, channels = [config.augment.size], config.decode.channels
+    width = pooled_width(backbone, "encoder: it", sizes, channels, device=device)
+    require("encoder", f"features of width {width}", width >= 2, "of width 2 or more")
     parts = dataclasses.replace(config.model, projector="standardised", dim=width)
     config = dataclasses.replace(config, method="vi-simsiam", model=parts)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)
         fields = {name: value for name, value in vars(config.loss).items() if name != "loss_scale"}
         shape = {name: getattr(parts, name) for name in ("dim", "projector", "predictor_hidden")}
         model = VISimSiam(backbone, features=width, **shape, **fields)
@@ -239,18 +247,6 @@ def _model(
 def _run_folder(encoder: str | Path | nn.Module) -> Path | None:
     path = None if isinstance(encoder, nn.Module) else user_path("encoder", encoder)
     return path if path is not None and path.is_dir() else None
-
-
-def _width(backbone: nn.Module, channels: int, size: int, device: torch.device) -> int:
-    """The width of a backbone's features."""
-    with evaluating(backbone, device):
-        features = backbone(torch.zeros(2, channels, size, size, device=device))
-    if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != 2:
-        shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise InputError(
-            f"encoder: its output for 2 images is {shape}; it must be features (2, F), pooled"
-        )
-    return int(features.shape[1])
 
 
 def _fit(

@@ -216,6 +216,7 @@ def pooled_width(
     sizes: Sequence[int],
     channels: int = 3,
     advice: str = "give views of another size",
+    device: torch.device | None = None,
 ) -> int:
     """The width F of a backbone's features on views of each size in eval mode.
 
@@ -224,10 +225,11 @@ def pooled_width(
 
     Args:
         network: takes images (B, channels, size, size).
-        name: of the backbone, for messages.
+        name: the argument and the backbone, for messages: "backbone: resnet18".
         sizes: sides of the views in pixels.
         channels: of the images.
         advice: the end of the message where it takes no such views.
+        device: of the network; None for that of its first parameter.
 
     Raises:
         InputError: the network takes no views of a size, or gives anything else than (B, F) floats.
@@ -235,39 +237,42 @@ def pooled_width(
     widths: dict[int, int] = {}
     for size in sizes:
         try:
-            features = _features(network, (2, channels, size, size))
+            features = _features(network, (2, channels, size, size), device)
         except Exception as error:  # of any layer
             raise InputError(
-                f"backbone: {name} cannot take views of {_pixels([size])} ({_line(error)}); "
-                f"{advice}"
+                f"{name} cannot take views of {_pixels([size])} ({_line(error)}); {advice}"
             ) from error
         is_tensor = isinstance(features, Tensor)
         if not is_tensor or features.shape[:-1] != (2,) or not features.is_floating_point():
             found = f"shape {tuple(features.shape)}" if is_tensor else type(features).__name__
             raise InputError(
-                f"backbone: {name} gives {found} for 2 images; it must give pooled features, "
+                f"{name} gives {found} for 2 images; it must give pooled features, "
                 "floating-point numbers of shape (2, F)"
             )
         widths[size] = features.shape[1]
     if len(set(widths.values())) > 1:
         found = ", ".join(f"{width} for {size} pixels" for size, width in widths.items())
-        raise InputError(f"backbone: {name} gives features of another width per size ({found})")
+        raise InputError(f"{name} gives features of another width per size ({found})")
     return next(iter(widths.values()))
 
 
 @torch.no_grad()
-def _features(network: nn.Module, shape: tuple[int, ...]) -> Any:
+def _features(network: nn.Module, shape: tuple[int, ...], device: torch.device | None) -> Any:
     """The features of zeros in eval mode: on the meta device, or where the network is."""
     with contextlib.suppress(Exception):  # a copy or a layer that the meta device does not have
         # The copy shares no state, in which layers may keep tensors for the next call.
         tensors = (*network.parameters(), *network.buffers())
         copied = copy.deepcopy(network, {id(tensor): tensor.to("meta") for tensor in tensors})
         return copied.eval()(torch.zeros(shape, device="meta"))
-    weight, training = next(network.parameters(), None), network.training
+    training = {module: module.training for module in network.modules()}
     network.eval()
-    features = network(torch.zeros(shape, device=None if weight is None else weight.device))
-    network.train(training)
-    return features
+    if device is None and (weight := next(network.parameters(), None)) is not None:
+        device = weight.device
+    try:
+        return network(torch.zeros(shape, device=device))
+    finally:
+        for module, mode in training.items():
+            module.training = mode
 
 
 def timm_constants(name: str) -> Constants:

@@ -28,8 +28,10 @@ def read_settings(path: Path) -> dict[str, Any]:
 
     path = user_path("config", path)
     encoded = read_bytes(path, "config", most=_MOST_SETTINGS)
+    # Merge keys, which no setting needs, double a file's content with each level.
+    plain = type("_Plain", (yaml.SafeLoader,), {"flatten_mapping": lambda self, node: None})
     try:
-        content = yaml.safe_load(encoded.decode())
+        content = yaml.load(encoded.decode(), plain)
     except (ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
         reason = "it is nested too deeply"
         if isinstance(error, yaml.MarkedYAMLError):

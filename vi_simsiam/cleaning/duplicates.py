@@ -1,4 +1,4 @@
-"""Groups of images that are copies of each other, exact or nearly so."""
+"""Images that are copies of earlier ones, exact or nearly so."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ class Copies(NamedTuple):
     similarity: NDArray[np.float64]
     """(N,) largest correlation with a candidate, 1 for exact copies; 0 without a candidate."""
     other: NDArray[np.int64]
-    """(N,) the first image that was found to be a copy of this one, for all images of a group but
-    its first; -1 for the others."""
+    """(N,) the first image of which this one is a copy; -1 without an earlier one."""
     pair: NDArray[np.float64]
     """(N,) correlation with `other`."""
 
@@ -45,8 +44,7 @@ def find_copies(
     Two images are near duplicates if the details of their gray thumbnails correlate at `threshold`
     or more, once their rows and columns are scaled and shifted to fit (`aligned_correlation`).
     Candidates are the nearest by embedding, and by brightness at 12 pixels a side for encoders
-    that have learned little. Groups are the connected components of such pairs. Takes
-    N^2 (F + 144) operations.
+    that have learned little. Takes N^2 (F + 144) operations.
 
     Args:
         embedding: (N, F) in memory or mapped.
@@ -54,9 +52,6 @@ def find_copies(
         device: where neighbours and correlations are computed.
         threshold: least correlation of near duplicates.
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     count = len(facts)
     _, first, group = np.unique(facts["digest"], return_index=True, return_inverse=True)
     lead = first[group]  # by image, the first with the same pixels
@@ -72,21 +67,15 @@ def find_copies(
 
     near = values >= threshold
     close, strength = pairs[near], values[near]
-    edges = np.concatenate([close, np.stack([np.arange(count), lead], 1)])
-    graph = coo_array((np.ones(len(edges)), edges.T), shape=(count, count))
-    component = connected_components(graph, directed=False)[1]
-    heads = np.unique(component, return_index=True)[1]
     other, pair = np.full(count, -1), np.zeros(count)
-    partners: dict[int, dict[int, float]] = {}
-    for (a, b), value in zip(close.tolist(), strength.tolist(), strict=True):
-        partners.setdefault(a, {})[b] = partners.setdefault(b, {})[a] = value
-    for row in np.delete(np.arange(count), heads).tolist():
-        if lead[row] != row:
-            other[row], pair[row] = lead[row], 1.0
-            continue
-        known = partners[row]
-        other[row] = min(known)
-        pair[row] = known[min(known)]
+    earlier: dict[int, dict[int, float]] = {}
+    for (first_row, row), value in zip(close.tolist(), strength.tolist(), strict=True):
+        earlier.setdefault(row, {})[first_row] = value
+    for row, found in earlier.items():
+        other[row] = min(found)
+        pair[row] = found[min(found)]
+    copied = lead != np.arange(count)
+    other[copied], pair[copied] = lead[copied], 1.0
     return Copies(similarity, other, pair)
 
 

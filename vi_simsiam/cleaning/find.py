@@ -184,6 +184,9 @@ def examine(
     for row in np.flatnonzero(copies.other >= 0).tolist():
         other, value = int(copies.other[row]), float(copies.pair[row])
         exact = bool(each["digest"][row] == each["digest"][other])
+        further = int(copies.other[other])
+        if exact and further >= 0 and where[row, 0] == where[other, 0] != where[further, 0]:
+            exact, other, value = False, further, float(copies.pair[other])
         reason = "the same pixels" if exact else f"correlation {value:.3f} of the thumbnails"
         kind: Kind = "exact_duplicate" if exact else "near_duplicate"
         if where[row, 0] != where[other, 0]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from rich.console import Console
 
-from vi_simsiam.cli.parsing import SourceOptions, parse
+from vi_simsiam.cli.parsing import SourceOptions, of_images, parse
 from vi_simsiam.data_names import LISTING_KINDS, data_spec
 from vi_simsiam.errors import InputError
 from vi_simsiam.paths import user_path
@@ -80,10 +80,7 @@ def _parts(options: _Clean, decode: DecodeConfig) -> list[ImageSource]:
     try:
         splits = options.open(options.images, decode)
     except InputError as error:
-        if str(error).startswith("data:"):
-            message = f"images: {options.images} is not there; give {ACCEPTED}"
-            raise InputError(message) from None
-        raise
+        raise of_images(error, options.images, ACCEPTED) from None
     kind = data_spec(options.images).partition(":")[0]
     if splits.val is None and splits.train.labels is None and kind not in LISTING_KINDS:
         path = user_path("images", options.images)

@@ -82,6 +82,14 @@ def open_run(options: RunOptions, device: str | None = None) -> Run:
     return load_run(named.pop("run"), **named | ({"device": device} if device else {}))
 
 
+def of_images(error: InputError, images: str, accepted: str) -> InputError:
+    """The error of opening a data set that was given as IMAGES; `accepted` completes "give"."""
+    text = str(error)
+    if text.startswith(f"data: {images!r} is not there"):
+        return InputError(f"images: {images} is not there; give {accepted}")
+    return InputError(f"images:{text[5:]}") if text.startswith("data:") else error
+
+
 def given(arguments: list[str], option: str) -> str | None:
     """Return the last value of an option, or None, before all options are parsed."""
     value = None

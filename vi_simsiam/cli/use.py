@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 
 from vi_simsiam.cli import BENCHMARKS
-from vi_simsiam.cli.parsing import RunPath, SourceOptions, parse
+from vi_simsiam.cli.parsing import RunPath, SourceOptions, of_images, parse
 from vi_simsiam.data_names import LISTING_KINDS, data_spec
 from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.paths import user_path
@@ -215,9 +215,7 @@ def _source(images: str, options: _Images, decode: DecodeConfig, *, train: bool)
     try:
         splits = options.open(images, decode)
     except InputError as error:
-        if str(error).startswith("data:"):
-            raise InputError(f"images: {images} is not there; give an image, {ACCEPTED}") from None
-        raise
+        raise of_images(error, images, f"an image, {ACCEPTED}") from None
     return splits.train if train or splits.val is None else splits.val
 
 

@@ -99,11 +99,14 @@ def of_pillow(image: Image.Image, decode: DecodeConfig) -> Pixels:
         raise ValueError("colour of 16 bits, of which Pillow reads 8; save it as TIFF or .npy")
     if image.format == "JPEG":
         check_jpeg(image)
+    graymap = image.mode == "I" and image.format == "PPM"  # which Pillow scales to 16 bits
     image.load()
     with contextlib.suppress(Exception):  # damaged EXIF data; the pixels are well
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         return as_stored(np.asarray(image), decode)
+    if graymap:
+        return as_stored(np.asarray(image).astype(np.uint16), decode)
     if image.mode == "P" and image.has_transparency_data:
         image = image.convert("RGBA")
     if image.mode in _MODES:
@@ -204,7 +207,7 @@ def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
         )
     size = math.prod(shape) * dtype.itemsize
     left = _byte_count(file) - file.tell()
-    if not 0 < size <= min(left, MOST_BYTES):
+    if min(shape) < 1 or size > min(left, MOST_BYTES):
         raise ValueError(f"shape {shape} in {counted(left, 'byte')}")
     return shape, fortran, dtype
 
@@ -229,7 +232,8 @@ def _series(file: IO[bytes]) -> Iterator[Any]:
         import tifffile
     except ImportError as error:
         raise ValueError("a TIFF, which takes pip install 'vi-simsiam[tiff]'") from error
-    with tifffile.TiffFile(file) as tiff:
+    # Metadata of microscopes may name other files, whose pixels would be read as this one's.
+    with tifffile.TiffFile(file, is_ome=False, is_mmstack=False, is_ndtiff=False) as tiff:
         series = tiff.series[0]
         axes, shape = series.axes, series.shape
         if len(axes) not in (2, 3) or not {"Y", "X"} <= set(axes) or axes.index("Y") > 1:

@@ -110,6 +110,7 @@ class _Groups:
     def column(self, file: str, column: str, group: int) -> Any:
         """Return one column of a row group, a pyarrow ChunkedArray."""
         import pyarrow.parquet as pq
+        import pyarrow.types as kinds
 
         status = os.stat(file)
         key = (file, status.st_size, status.st_mtime_ns, column, group)
@@ -118,7 +119,12 @@ class _Groups:
                 while len(self.columns) >= _KEPT_GROUPS:
                     self.columns.popitem(last=False)
                 with open_regular(Path(file)) as opened:
-                    parquet = pq.ParquetFile(opened)
+                    kind, leaf = pq.read_schema(opened).field(column).type, column
+                    while kinds.is_struct(kind):
+                        kind, leaf = kind.field("bytes").type, f"{leaf}.bytes"
+                    opened.seek(0)
+                    # One image that many rows name would fill memory; it stays in a dictionary.
+                    parquet = pq.ParquetFile(opened, read_dictionary=[leaf])
                     read = parquet.read_row_group(group, columns=[column], use_threads=False)
                 self.columns[key] = read.column(0)
             self.columns.move_to_end(key)

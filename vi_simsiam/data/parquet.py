@@ -99,7 +99,7 @@ def _holds_images(kind: Any) -> bool:
     if kinds.is_struct(kind):
         at = kind.get_field_index("bytes")
         return at >= 0 and _holds_images(kind.field(at).type)
-    return bool(kinds.is_binary(kind) or kinds.is_large_binary(kind))
+    return bool(kinds.is_binary(kind) or kinds.is_large_binary(kind)) or str(kind) == "binary_view"
 
 
 def _features(schema: Any) -> dict[str, dict[str, Any]]:
@@ -130,10 +130,15 @@ def _labels(opened: Any, label: str, names: list[str]) -> list[str | None]:
     labels: list[str | None] = []
     for chunk in column.chunks:
         values: list[str | None] | None = None
+        if kinds.is_null(chunk.type):
+            labels += [None] * len(chunk)
+            continue
         if kinds.is_dictionary(chunk.type):
             values, chunk = chunk.dictionary.to_pylist(), chunk.indices
         if not kinds.is_integer(chunk.type) or (values and not isinstance(values[0], str)):
-            raise InputError(f"has labels of type {chunk.type} in column {label}, not numbers")
+            raise InputError(
+                f"has labels of type {chunk.type} in column {label}; accepted are integers and text"
+            )
         for number in chunk.to_pylist():
             if number is None or (values is None and number < 0):
                 labels.append(None)

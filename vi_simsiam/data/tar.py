@@ -120,7 +120,8 @@ def _files(opened: BinaryIO) -> Iterator[_File]:
     with tarfile.open(fileobj=opened, mode="r:") as archive:
         while (member := archive.next()) is not None:
             archive.members = []  # type: ignore[attr-defined]  # it would keep all headers
-            if member.offset_data + member.size > end:
+            # Python before 3.13.6 takes a size below 0, and goes back by it without end.
+            if member.size < 0 or member.offset_data + member.size > end:
                 raise ValueError("it ends within a file")
             if member.isreg() and not member.issparse():
                 file = _File(member.name, member.offset_data, member.size)

@@ -128,6 +128,8 @@ def export_run(
     """
     if format not in _FORMATS:
         raise none_of("format", format, _FORMATS)
+    if run.path == Path():
+        raise InputError("run: it was fitted without a run folder; export needs one")
     write, weights, packages, _ = _FORMATS[format]
     required = ("onnx", "onnxscript") if format == "onnx" else ()
     if missing := [each for each in required if importlib.util.find_spec(each) is None]:
