@@ -79,7 +79,7 @@ def test_a_first_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not re.search(r"\| trained \| not measured", card)
 
 
-@pytest.mark.usefixtures("short_probes")
+@pytest.mark.usefixtures("short_probes", "small_network")
 def test_a_public_encoder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     smaller = {
         "--images 2000 --epochs 2": "--images 32 --epochs 1",
@@ -110,7 +110,7 @@ def test_a_finished_encoder(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "calibration" in (folder / "runs" / "unsure" / "uncertainty.json").read_text()
 
 
-@pytest.mark.usefixtures("short_probes")
+@pytest.mark.usefixtures("short_probes", "small_network")
 def test_images_in_other_forms(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     smaller = {"--epochs 2 --out runs/table": "--epochs 1 --out runs/table"}
     walk("image-forms", smaller, capsys, end="All forms")
