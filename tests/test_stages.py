@@ -77,7 +77,7 @@ def test_places_of_a_module_of_ones_own() -> None:
     assert list(stages(Own()).values()) == places
     assert stages(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten())) == {"stage1": "0"}
     assert stages(nn.Flatten()) == {}
-    with pytest.warns(FutureWarning):
+    with pytest.warns((FutureWarning, DeprecationWarning)):
         scripted = torch.jit.script(torchvision.models.resnet18())
     listed = Around(nn.ModuleList([scripted]))
     assert stages(scripted) == stages(Around(scripted)) == stages(listed) == {}  # no hooks there
