@@ -24,7 +24,7 @@ from vi_simsiam.engine.device import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(2):
+    for _ in range(8):
         torch.ones(48 << 18)  # 48 MB, above glibc's limit for its own memory
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
