@@ -81,6 +81,7 @@ def run(options: Options) -> dict[str, Any]:
         encoder = load(options.encoder or _trained(Path(folder, "run"), options), options.device)
         foreign = _foreign(options, encoder)
         path = options.out and result_path(options.out, NAME, encoder.device)
+        cases = read_result(path, NAME)["cases"] if path is not None and path.exists() else []
         draws = []
         for seed in range(options.seeds):
             place = Path(folder, str(seed))
@@ -94,7 +95,6 @@ def run(options: Options) -> dict[str, Any]:
         "foreign": data_label(options.foreign),
         "kinds": {kind: _joined([draw[kind] for draw in draws]) for kind in KINDS},
     }
-    cases = read_result(path, NAME)["cases"] if path is not None and path.exists() else []
     result = {
         "benchmark": NAME,
         "device_type": encoder.device.type,

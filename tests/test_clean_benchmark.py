@@ -14,7 +14,17 @@ from inference_cases import save_run
 from PIL import Image
 
 from vi_simsiam.benchmarks import clean, clean_scores, contamination, report
-from vi_simsiam.benchmarks.contamination import COPIES, CROPPED, EXACT, KINDS, LABEL, contaminate
+from vi_simsiam.benchmarks.contamination import (
+    BLANK,
+    COPIES,
+    CROPPED,
+    ENCODED,
+    EXACT,
+    FOREIGN,
+    KINDS,
+    LABEL,
+    contaminate,
+)
 from vi_simsiam.data.datasets import open_dataset
 from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.errors import InputError
@@ -43,8 +53,15 @@ def test_problems_are_those_described(tmp_path: Path) -> None:
     assert set(made.kind[made.origin >= 0]) == set(COPIES)
     for row in np.flatnonzero(made.kind == EXACT).tolist():
         assert np.array_equal(made.source.array(row), made.source.array(int(made.origin[row])))
-    for row in np.flatnonzero(made.kind == CROPPED).tolist():
-        assert min(made.source.dimensions(row)) >= 0.78 * 28
+    sides = {made.source.dimensions(row) for row in np.flatnonzero(made.kind == CROPPED).tolist()}
+    assert (28, 28) in sides, "enlarged again"
+    assert 0.78 * 28 <= min(map(min, sides)) < 28
+    for row in np.flatnonzero(made.kind == FOREIGN).tolist():
+        assert (made.source.array(row) == 7).all()
+    blanks = [made.source.array(row) for row in np.flatnonzero(made.kind == BLANK).tolist()]
+    assert min(np.ptp(pixels, (0, 1)).max() for pixels in blanks) == 0, "one colour"
+    suffixes = {Path(made.source.paths[row]).suffix for row in np.flatnonzero(made.kind == ENCODED)}
+    assert suffixes == {".jpg"}
     rows = np.random.default_rng(3).permutation(len(source))[:IMAGES]
     assert made.source.labels is not None
     assert source.labels is not None

@@ -115,6 +115,19 @@ def test_maps_with_their_channels_last_are_averaged() -> None:
         torch.testing.assert_close(found["stage2"], features.norm(dim=1))
 
 
+def test_maps_of_torchvisions_networks_are_averaged() -> None:
+    swin, convnext = torchvision.models.swin_t(), torchvision.models.convnext_tiny()
+    swin.head = nn.Identity()
+    features, found = lengths(swin, torch.randn(2, 3, 32, 32))
+    last = list(stages(swin).values()).index("norm") + 1
+    torch.testing.assert_close(found[f"stage{last}"], features.norm(dim=1))
+    images = torch.randn(2, 3, 32, 32)
+    _, found = lengths(convnext, images)  # it permutes inside of its blocks alone
+    with torch.no_grad():
+        maps = convnext.features(images)
+    torch.testing.assert_close(found["stage1"], maps.mean((2, 3)).norm(dim=1))
+
+
 def test_a_stage_that_is_not_called_or_gives_no_tensor_has_no_length() -> None:
     places = stages(network := Own())
     _, found = lengths(network, torch.randn(2, 3, 8, 8))

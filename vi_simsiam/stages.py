@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import Permute
 
 MOST = 4
 RESNET = ("layer1", "layer2", "layer3", "layer4")
@@ -45,8 +46,12 @@ def recorded(backbone: nn.Module) -> Iterator[dict[str, Tensor]]:
     """
     found: dict[str, Tensor] = {}
     thread = threading.get_ident()  # others may pass their images through the network meanwhile
-    # timm's name for maps (B, H, W, C), also of a model that is a part of another module.
-    channels_last = any(getattr(part, "output_fmt", None) == "NHWC" for part in backbone.modules())
+    # Maps (B, H, W, C) by timm's name and by torchvision's last step, also in a part of a module.
+    channels_last = any(
+        getattr(part, "output_fmt", None) == "NHWC"
+        or isinstance(getattr(part, "permute", None), Permute)
+        for part in backbone.modules()
+    )
 
     def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         if threading.get_ident() != thread or not isinstance(output, Tensor):

@@ -10,7 +10,9 @@ from typing import Annotated
 import tyro
 
 from vi_simsiam.cli.parsing import parse
+from vi_simsiam.errors import InputError
 from vi_simsiam.experiments.plan import Place, PlanOptions
+from vi_simsiam.paths import user_path
 from vi_simsiam.text import show
 
 
@@ -32,6 +34,8 @@ def experiment(arguments: list[str]) -> int:
     from vi_simsiam.experiments.runner import MARKDOWN, RESULTS, run_experiment
     from vi_simsiam.experiments.tables import summarise
 
+    if options.init is not None and not user_path("init", options.init).exists():
+        raise InputError(f"init: {options.init} is not there; give a run or a file of weights")
     out = options.out or Path("runs") / "experiments" / options.name
     again = shlex.join(["vi-simsiam", "experiment", *arguments])
     code = run_experiment(plan(options.name, options), out, options, again)

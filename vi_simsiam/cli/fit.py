@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from vi_simsiam.cli.parsing import parse, with_folders
+from vi_simsiam.cli.parsing import parse
 from vi_simsiam.config import ModelConfig, TrainConfig
 from vi_simsiam.text import show
 
@@ -20,7 +20,7 @@ class _FitKappa:
     encoder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ENCODER")]
     """A run folder, or a backbone by name as for `train --backbone`."""
     data: str
-    """The images, as for `train`: a folder or data set, or several."""
+    """The images: a folder, file or data set; several folders are 'folders:["a", "b"]'."""
     out: Path
     """The run folder to write."""
     pretrained: bool = False
@@ -53,7 +53,7 @@ class _FitKappa:
 
 def fit_kappa(arguments: list[str]) -> int:
     """Fit a mean direction and a concentration to a frozen encoder."""
-    options = parse("fit-kappa", _FitKappa, with_folders(arguments))
+    options = parse("fit-kappa", _FitKappa, arguments)
 
     from vi_simsiam.fitting import fit_concentration
 

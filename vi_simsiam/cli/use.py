@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class _Images(SourceOptions):
     run: RunPath
-    """A run folder, or one of train --seeds: the first seed is applied, and compared with the
-    others."""
+    """A run folder, or that of several seeds, whose first run is compared with the others."""
     images: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
     """A folder (at any depth), an image, or a data set (its validation images, if any)."""
     device: str = "auto"
