@@ -60,13 +60,13 @@ def table(text: str, first: str) -> list[list[str]]:
     return rows
 
 
-@pytest.mark.parametrize("format", ["torchvision", "torchvision, small", "timm", "safetensors"])
+@pytest.mark.parametrize("format", ["torchvision", "torchvision, small", "torchvision, medium", "timm", "safetensors"])
 def test_the_code_loads_the_weights_and_the_image(
     run: Run, monkeypatch: pytest.MonkeyPatch, format: str
 ) -> None:
-    format, _, small = format.partition(",")
-    if small:
-        run = network_run(run.path, stem="small", method="simsiam")
+    format, _, stem = format.partition(", ")
+    if stem:
+        run = network_run(run.path, stem=stem, method="simsiam")
     monkeypatch.chdir(export_run(run, format))
     pixels = np.random.default_rng(0).integers(0, 256, (25, 33, 4), dtype=np.uint8)
     Image.fromarray(pixels).save("image.jpg", "PNG")  # transparent here and there

@@ -76,10 +76,10 @@ def test_every_view_is_normalised_by_its_own_statistics() -> None:
     assert {norm.num_batches_tracked.item() for norm in norms} == {4}
 
 
-@pytest.mark.parametrize(("stem", "side"), [("imagenet", 8), ("small", 32)])
+@pytest.mark.parametrize(("stem", "side"), [("imagenet", 8), ("medium", 16), ("small", 32)])
 def test_stems_of_a_torchvision_backbone(stem: Stem, side: int) -> None:
     """Residual branches start at zero unless asked otherwise."""
-    options = {} if stem == "small" else {"zero_init_residual": False}
+    options = {"zero_init_residual": False} if stem == "imagenet" else {}
     network, features = build_backbone("resnet18", stem=stem, **options)
     seen = []
     network.layer1.register_forward_pre_hook(
@@ -87,7 +87,7 @@ def test_stems_of_a_torchvision_backbone(stem: Stem, side: int) -> None:
     )
     assert network(torch.randn(2, 3, 32, 32)).shape == (2, features) == (2, 512)
     assert seen == [side]
-    assert (network.layer1[0].bn2.weight == (0 if stem == "small" else 1)).all()
+    assert (network.layer1[0].bn2.weight == (1 if stem == "imagenet" else 0)).all()
 
 
 def test_concentration_and_distribution() -> None:

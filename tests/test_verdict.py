@@ -170,6 +170,7 @@ LOCAL = {"augment": AugmentConfig(local_views=6)}
 TWO_PREDICTORS = LOCAL | {"model": ModelConfig(local_predictor=True)}
 SMALL = {"augment": AugmentConfig(size=28), "epochs": 400}
 STEM = {"augment": AugmentConfig(size=32), "model": ModelConfig(stem="small"), "epochs": 40}
+MEDIUM = STEM | {"model": ModelConfig(stem="medium")}
 
 
 @pytest.mark.parametrize(
@@ -179,6 +180,7 @@ STEM = {"augment": AugmentConfig(size=32), "model": ModelConfig(stem="small"), "
         (LOCAL, 9469, 100, r"--local-views 0 --size 64 --epochs \d+"),
         (TWO_PREDICTORS, 9469, 80, r"--local-views 0 --no-local-predictor --size 64 --epochs \d+"),
         (STEM, 50_000, 18, r"--stem imagenet --epochs 4"),
+        (MEDIUM, 50_000, 9, r"--stem imagenet --epochs 4"),
         ({"epochs": 20}, 1_281_167, 2000, r"--size 64 --epochs 4 --images \d+"),
         (SMALL, 8000, 3, r"--epochs \d+"),
         (SMALL | {"warmup_epochs": 40}, 8000, 30, r"--epochs 4 --warmup-epochs 0.4 --images \d+"),

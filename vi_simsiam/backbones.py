@@ -42,8 +42,8 @@ def build_backbone(
     Args:
         name: a torchvision ResNet, ResNeXt or Wide ResNet; timm:NAME, any model of timm; or
             module:PACKAGE.ATTRIBUTE, a callable without arguments that returns a module.
-        stem: "imagenet" as in torchvision; "small" is a 3x3 convolution of stride 1, no max-pool,
-            for torchvision's networks.
+        stem: "imagenet" as in torchvision; for torchvision's networks also a 3x3 convolution
+            without the max-pool, of stride 2 ("medium") or 1 ("small").
         pretrained: load the library's default ImageNet weights.
         channels: of the images. Where they are not three, a pretrained first convolution's weights
             are repeated over the channels in the order red, green, blue, and scaled by 3/channels,
@@ -133,8 +133,8 @@ def plain_resnet(
         network.load_state_dict(_load_weights(name))
     features: int = network.fc.in_features
     network.fc = nn.Identity()
-    if stem == "small":
-        _replace_first(network, channels, 3, stride=1)
+    if stem != "imagenet":
+        _replace_first(network, channels, 3, stride=2 if stem == "medium" else 1)
         network.maxpool = nn.Identity()
     elif channels != 3:
         weight = network.conv1.weight.detach()

@@ -30,7 +30,7 @@ MOST_CHANNELS = 16
 LEAST_SIZE = 8
 """Smallest side of a view, in pixels."""
 
-Stem = Literal["imagenet", "small"]
+Stem = Literal["imagenet", "medium", "small"]
 Projector = Literal["mlp", "standardised"]
 Link = Literal["softplus", "quadratic"]
 Concentration = Literal["sample", "constant", "global", "shuffled", "detached"]
@@ -212,8 +212,8 @@ class ModelConfig:
     """A torchvision ResNet by name, timm:NAME, or module:PACKAGE.ATTRIBUTE: a callable that returns
     a module."""
     stem: Stem = "imagenet"
-    """First layers: "imagenet" (7x7 stride 2, max-pool), or "small" (3x3 stride 1) for images of
-    28 to 64 pixels; other backbones than torchvision's keep their own."""
+    """First layers: "imagenet" (7x7 stride 2, max-pool), or for images of 28 to 64 pixels "medium"
+    (3x3 stride 2) or "small" (3x3 stride 1); other backbones than torchvision's keep their own."""
     pretrained: bool = False
     """Start from the ImageNet weights of torchvision or timm."""
     dim: int = limited(2048, Rule(lambda n: 2 <= n <= 2**16, "between 2 and 65536"))
