@@ -94,7 +94,8 @@ class Record:
 
 
 _VI = Change("VI-SimSiam", {"method": "vi-simsiam"})
-_LIGHTLY, _ = (arm.config for arm in plan("lightly-imagenette", PlanOptions()).arms)
+(_SIMSIAM,) = plan("lightly-imagenette", PlanOptions(arms=("simsiam",))).arms
+_LIGHTLY = _SIMSIAM.config
 _DEMO = preset("demo")
 
 RECORDS = {

@@ -6,7 +6,6 @@ stops: imports, decoding, compiling, training and measuring count. Recipes are i
 
 from __future__ import annotations
 
-import itertools
 import math
 import shutil
 import statistics
@@ -43,7 +42,9 @@ _CACHES = (
     "CUDA_CACHE_PATH", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "VI_SIMSIAM_CACHE",
     "XDG_CACHE_HOME",
 )  # fmt: skip
-_SAME = ("record", "title", "recipe", "data", "commit", "device", "processor", "driver", "versions")
+_ORIGIN = ("data", "commit", "device", "processor", "driver", "versions")
+"""Parts of a case in which the row above must agree with it for a gain."""
+_SAME = ("record", "title", "recipe", *_ORIGIN)
 """Parts of a case in which further seeds must agree with it."""
 
 
@@ -249,15 +250,16 @@ def markdown_tables(result: dict[str, Any]) -> str:
 
 def _measured(record: Record, result: dict[str, Any]) -> list[Case | None]:
     """The case of each row; None where the recipe was not measured as it is now."""
+    cases: list[Case] = result["cases"]
 
     def case_of(row: int) -> Case | None:
         title, recipe = record.rows[row].title, record.recipe(row)
-        for case in result["cases"]:
+        for case in cases:
             known = case["recipe"].items()
             # Settings that are new since then have a default that changes nothing.
             same = all(name in recipe and recipe[name] == value for name, value in known)
             if same and (case["record"], case["title"]) == (record.name, title):
-                return dict(case)
+                return case
         return None
 
     return [case_of(row) for row in range(len(record.rows))]
@@ -272,18 +274,13 @@ def _table(record: Record, result: dict[str, Any]) -> tuple[list[str], list[list
         "last accuracy, median (range)",
         "times faster than the row above",
     ]
-    cases = _measured(record, result)
-    times = [
-        None if case is None else [seconds_to(record.threshold, run) for run in case["runs"]]
-        for case in cases
-    ]
-    medians = [math.inf if found is None else statistics.median(found) for found in times]
-    gains = ["-", *itertools.starmap(_gain, itertools.pairwise(medians))]
-    rows = []
-    for change, case, found, gain in zip(record.rows, cases, times, gains, strict=True):
-        if case is None or found is None:
+    rows, above = [], None
+    for change, case in zip(record.rows, _measured(record, result), strict=True):
+        gain, above = _gain(record, above, case), case
+        if case is None:
             rows.append([change.title, NOT_MEASURED, "-", "-", "-"])
             continue
+        found = _times(record, case)
         last = [run["progress"][-1]["knn200"] for run in case["runs"]]
         seconds = _range(*map(_seconds, quartiles(found)))
         reached = f"{sum(map(math.isfinite, found))} of {len(found)}"
@@ -296,9 +293,17 @@ def _range(low: str, middle: str, high: str) -> str:
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
-def _gain(before: float, after: float) -> str:
-    finite = math.isfinite(before) and math.isfinite(after)
-    return f"{before / after:.2f}" if finite else "-"
+def _gain(record: Record, above: Case | None, case: Case | None) -> str:
+    """Median of the row above over that of a row, where they can be compared."""
+    if above is None or case is None or any(above.get(name) != case.get(name) for name in _ORIGIN):
+        return "-"
+    before, after = (statistics.median(_times(record, each)) for each in (above, case))
+    return f"{before / after:.2f}" if before < math.inf and 0 < after < math.inf else "-"
+
+
+def _times(record: Record, case: Case) -> list[float]:
+    """Seconds of each seed to the threshold."""
+    return [seconds_to(record.threshold, run) for run in case["runs"]]
 
 
 def _outcome(record: Record, run: dict[str, Any]) -> str:

@@ -246,6 +246,9 @@ def test_the_table_has_medians_over_all_seeds_and_what_is_not_measured(
     assert "Measured by others, on other hardware: by X." in text
     assert "Data: fashion-mini. a processor; PyTorch 2.14.1; 2026-11-29." in text
     assert "Not measured on this device: cifar10-90." in text
+    monkeypatch.setitem(PROVENANCE, "processor", "another")
+    result = record.run(options(tmp_path, seeds=3, change=("1",)))
+    assert row(record.markdown_tables(result), "larger rate")[-1] == "-"
 
 
 def test_a_median_that_is_not_reached_has_no_gain(seen: Path, tmp_path: Path) -> None:
