@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, NotRequired, TypedDict
 
-from vi_simsiam.checks import NOT_NEGATIVE, POSITIVE, Rule, at_least
+from vi_simsiam.checks import NOT_NEGATIVE, POSITIVE, SEED, Rule, at_least
 from vi_simsiam.evaluation.forms import Label, Share, Text
+from vi_simsiam.experiments.forms import ProgressLine
 
 _Count = Annotated[int, at_least(1)]
 _Version = Annotated[
@@ -195,6 +196,26 @@ class _Clean(_Head):
     cases: Annotated[list[_CleanCase], _FEW]
 
 
+class _RecordRun(TypedDict):
+    seed: Annotated[int, SEED]
+    progress: Annotated[list[ProgressLine], Rule(len, "at least one line")]
+
+
+class _RecordCase(_Head):
+    record: Label
+    title: Label
+    settings: dict[Label, Any]
+    recipe: dict[Label, Any]
+    data: Label
+    commit: Label | None
+    runs: Annotated[list[_RecordRun], Rule(len, "at least one run")]
+
+
+class _Record(TypedDict):
+    benchmark: str
+    cases: list[_RecordCase]
+
+
 class _Cell(TypedDict):
     python: _Version
     torch: _Version
@@ -221,6 +242,7 @@ FORMS: dict[str, Any] = {
     "train": _Train,
     "accuracy": _Accuracy,
     "clean": _Clean,
+    "record": _Record,
     "matrix": _Matrix,
 }
 """By benchmark."""

@@ -19,7 +19,7 @@ import tyro
 from vi_simsiam.errors import InputError
 from vi_simsiam.text import counted, markdown_grid
 
-from . import accuracy, clean, matrix, tables
+from . import accuracy, clean, matrix, record, tables
 from .launches import launches_markdown
 from .plots import plot_paths
 from .results import read_result
@@ -160,6 +160,7 @@ _KINDS: dict[str, _Section] = {
     "cpu-targets": _cpu_targets,
     "accuracy": _table(accuracy.NAME, accuracy.markdown_table),
     "clean": _table(clean.NAME, clean.markdown_table),
+    "record": _table(record.NAME, record.markdown_tables),
     "matrix": _table(matrix.NAME, matrix.markdown_table),
     "batch-norm": _table("batch_norm", tables.batch_norm_markdown),
     "augment": _table("augment", tables.augment_markdown),

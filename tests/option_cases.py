@@ -148,6 +148,9 @@ RUNS = {
         bench train {_BENCH} --only plain --data {{images}} --data-root {{here}} --images 16 \
             --size 16 --local-views 1 --local-size 8 --batch-size 8 --epochs 2 --lr 0.02 --workers \
             0 --target-accuracy 0.1 --resume => 2x16+1x8, batch 8""",
+    "bench record": """
+        bench record --record tiny --change base --seeds 1 --first-seed 2 --data {images} \
+            --data-root {here} --device cpu --out {here} => "seed": 2,""",
     "bench accuracy": """
         bench accuracy --device cpu --out {here} => 1,000,000""",
     "bench clean": """

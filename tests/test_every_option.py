@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import re
 import shlex
 import shutil
@@ -17,6 +18,7 @@ import pytest
 import torch
 import torchvision
 import tyro
+from experiment_cases import tiny_config
 from hub_cases import LocalHub
 from inference_cases import save_images, save_run
 from logger_cases import stand_in
@@ -27,11 +29,11 @@ from test_commands import COMMANDS, run
 
 from vi_simsiam.backbones import build_backbone
 from vi_simsiam.benchmarks import cases, step, step_parts
+from vi_simsiam.benchmarks.recipes import RECORDS, Record
 from vi_simsiam.cli import main
 from vi_simsiam.engine import processes
 from vi_simsiam.engine.checkpoint import BEST, checkpoints
 from vi_simsiam.engine.run import CONFIG, read_config
-from vi_simsiam.experiments import worker
 
 _TEXTS = (".csv", ".json", ".jsonl", ".md")
 _REFUSED = {"--sync-batch-norm", "--trials"}
@@ -59,10 +61,13 @@ def shallow(block: Any, layers: list[int], *more: Any, **named: Any) -> torchvis
 
 
 def called(command: list[str], *, stdout: IO[bytes], **options: Any) -> SimpleNamespace:
-    """In place of a process of `train` or of an experiment's worker: the call of its function."""
+    """In place of a process of `train` or of a worker: the call of its function."""
     _, _, module, *words = command
     with open(stdout.name, "a") as log, contextlib.redirect_stdout(log):
-        code = main(words) if module == "vi_simsiam" else worker.main(Path(words[0]))
+        if module == "vi_simsiam":
+            code = main(words)
+        else:
+            code = importlib.import_module(module).main(Path(words[0]))
     return SimpleNamespace(
         pid=0, returncode=code, poll=lambda: code, terminate=bool, wait=lambda seconds: code
     )
@@ -121,6 +126,7 @@ def filled(
     monkeypatch.setattr(step, "SMALL_IMAGES", tiny)
     monkeypatch.setitem(cases._TELLING_VIEWS, "cpu", (tiny,))
     monkeypatch.setitem(step_parts.STEPS, "cpu", 1)
+    monkeypatch.setitem(RECORDS, "tiny", Record("tiny", tiny_config("fashion-mini"), 0.5, 1, ()))
     return lambda line: [word.format_map(here) for word in shlex.split(line)]
 
 

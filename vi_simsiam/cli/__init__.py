@@ -46,7 +46,7 @@ COMMANDS = {
     "info": ("use", "versions, devices, and which backends are available"),
     "bench": (
         "use",
-        "benchmarks: bench loss|batch_norm|augment|step|train|compare|accuracy|clean|report",
+        "benchmarks: bench loss|batch_norm|augment|step|train|record|compare|accuracy|clean|report",
     ),
 }
 """By name: the module in this package with the function of that name, and a description."""
@@ -57,6 +57,7 @@ BENCHMARKS = {
     "augment": ("augment", "views a second: ours, torchvision, lightly and kornia"),
     "step": ("step", "the training step by phase, against the network alone"),
     "train": ("train", "whole trainings: ours, plain and tuned PyTorch, lightly"),
+    "record": ("record", "seconds from a cold start to a kNN accuracy, change by change"),
     "compare": ("compare", "two result files; exits 1 if anything became slower beyond the noise"),
     "accuracy": ("accuracy", "errors of the loss at large concentrations"),
     "clean": ("clean", "problems put into a set of images, and how many `clean` finds"),

@@ -86,9 +86,15 @@ class Process:
         """Seconds since its start, or from its start to its end."""
         return time.monotonic() - self._started if self.running else self.seconds
 
-    def start(self, command: Sequence[str], *, threads: int, append: bool) -> None:
-        """Start `command` with a number of threads for PyTorch; `append` keeps an earlier log."""
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    def start(
+        self, command: Sequence[str], *, threads: int, append: bool, **variables: str
+    ) -> None:
+        """Start `command` with a number of threads for PyTorch; `append` keeps an earlier log.
+
+        `variables` are added to the environment.
+        """
+        own = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", **variables}
+        environment = {**os.environ, **own}
         # A link in a folder of somebody else's may lead anywhere.
         with open(self.log, "ab" if append else "wb", opener=_without_links) as log:
             self._process = subprocess.Popen(

@@ -1,7 +1,8 @@
-"""kNN accuracies during the training of an experiment's run."""
+"""kNN accuracies during a training, of an experiment's run or of a record."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from vi_simsiam.experiments.forms import ProgressLine
 from vi_simsiam.files import json_lines, read_lines, write_text
 
 PROGRESS = "progress.jsonl"
+_MOST = (4_000, 1_000)
 COLUMNS = ("knn200", "knn200_epoch", "knn200_seconds")
 
 
@@ -29,29 +31,39 @@ def read_progress(folder: Path) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """A callback after every epoch that records kNN accuracy (k = 200, T = 0.1) over training time.
+    """A callback after every epoch that records kNN accuracy (k = 200, T = 0.1) over time.
 
-    It uses at most 4,000 training and 1,000 validation images, drawn class by class. Its own time
-    is not counted: the trainer's clock stands still between epochs. Lines go to RUN/progress.jsonl;
-    those beyond the step that a resumed run starts from are dropped.
+    By default it uses at most 4,000 training and 1,000 validation images, drawn class by class, and
+    its own time is not counted: the trainer's clock stands still between epochs. Lines go to
+    RUN/progress.jsonl; those beyond the step that a resumed run starts from are dropped.
 
     Args:
         trainer: trainer of the run, before it starts.
         every: epochs between two measurements; the last epoch always has one.
+        val: validation images, all of which are used with all training images; None for a part of
+            the run's.
+        clock: seconds that a measured accuracy took; None for those of training.
     """
 
-    def __init__(self, trainer: Trainer, every: int) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        every: int,
+        *,
+        val: ImageSource | None = None,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
         self.trainer, self.every = trainer, every
-        splits = open_splits(trainer.config)
-        assert splits.val is not None
+        self.clock = clock or (lambda: trainer.seconds)
         self.workers = resolve_workers(trainer.config.workers, trainer.device)
-
-        def chosen(source: ImageSource, most: int) -> PackedImages:
-            cache_dir = trainer.config.cache_dir
-            whole, _ = cached(source, cache_dir=cache_dir, workers=self.workers, console=None)
-            return cast(PackedImages, at_most(whole, most))
-
-        self.train, self.val = chosen(splits.train, 4_000), chosen(splits.val, 1_000)
+        most = _MOST if val is None else (None, None)
+        source = open_splits(trainer.config).val if val is None else val
+        assert source is not None
+        whole, _ = cached(source, cache_dir=trainer.config.cache_dir, workers=self.workers)
+        self.train, self.val = (
+            cast(PackedImages, at_most(images, number))
+            for images, number in zip((trainer.loader.source, whole), most, strict=True)
+        )
         self.path = trainer.folder / PROGRESS
         before = read_progress(trainer.folder) if trainer.resume else []
         self.lines = [line for line in before if line["step"] <= trainer.step]
@@ -80,6 +92,6 @@ class Progress:
         labels, classes = torch.from_numpy(self.train.labels).to(device), self.train.classes or ()
         predicted = classify(train, labels, val, classes=len(classes), config=KnnConfig(k=200))
         share = float((predicted.cpu() == torch.from_numpy(self.val.labels)).double().mean())
-        values = (share, epoch, round(trainer.seconds, 3), trainer.step)
+        values = (share, epoch, round(self.clock(), 3), trainer.step)
         self.lines.append(dict(zip((*COLUMNS, "step"), values, strict=True)))
         write_text(self.path, json_lines(self.lines))
