@@ -26,7 +26,7 @@ from vi_simsiam.evaluation.features import ENCODERS
 from vi_simsiam.evaluation.knn import evaluate_knn
 from vi_simsiam.evaluation.linear import hold_out
 from vi_simsiam.evaluation.logistic import LogisticConfig, LogisticProbe, evaluate_logistic
-from vi_simsiam.evaluation.results import summary_line, unpack_bits
+from vi_simsiam.evaluation.results import summary_lines, unpack_bits
 
 
 def problem(count: int = 400, classes: int = 4, noise: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -234,8 +234,8 @@ def test_of_fewer_images_than_neighbours_all_vote(tmp_path: Path) -> None:
     whole = evaluate_knn(sets, KnnConfig(k=60))
     assert evaluate_knn(sets, KnnConfig(k=61)) == whole
     assert whole["settings"]["k"] == 60
-    assert summary_line("kNN", whole).endswith(" with k = 60, all training images")
-    assert summary_line("kNN", evaluate_knn(sets, KnnConfig(k=59))).endswith(" %)")
+    lines = summary_lines({"kNN": whole, "fewer": evaluate_knn(sets, KnnConfig(k=59))})
+    assert [line.endswith(" with k = 60, all training images") for line in lines] == [True, False]
 
 
 def test_settings_of_neighbours_are_checked() -> None:

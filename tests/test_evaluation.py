@@ -53,7 +53,7 @@ from vi_simsiam.evaluation.features import (
 from vi_simsiam.evaluation.knn import evaluate_knn
 from vi_simsiam.evaluation.linear import LinearConfig, evaluate_linear
 from vi_simsiam.evaluation.logistic import evaluate_logistic
-from vi_simsiam.evaluation.results import pack_bits, read_result, summary_line, unpack_bits
+from vi_simsiam.evaluation.results import pack_bits, read_result, summary_lines, unpack_bits
 from vi_simsiam.ops.augment import Column
 
 
@@ -316,11 +316,13 @@ def test_evaluating_a_run_writes_everything_and_ends_with_the_summary(tmp_path: 
     evaluate_run(run, World(CPU), Console(file=out))
     results = [json.loads((run.path / f"{name}.json").read_text()) for name in ("knn", "linear")]
     lines = out.getvalue().splitlines()
-    assert lines[-2:] == [
-        summary_line(name, each) for name, each in zip(("kNN", "linear"), results, strict=True)
-    ]
+    assert lines[-4:] == summary_lines(dict(zip(("kNN", "linear"), results, strict=True)))
     result = {"top1": {"trained": 0.71249, "untrained": 0.55, "pixels": 0.75}}
-    assert summary_line("kNN", result) == "kNN top-1: 71.2 % (untrained 55.0 %, pixels 75.0 %)"
+    line = "kNN top-1: 71.2 % (untrained 55.0 %, pixels 75.0 %)"
+    assert summary_lines({"kNN": result}) == [line]
+    moved = line.replace(":", " of moved images:")
+    result["moved_top1"] = result["top1"]
+    assert summary_lines({"kNN": result}) == [line, moved]
     assert lines[:3] == [f"figure {run.path / name}.png" for name in ("curves", "density", "kappa")]
     assert results[0]["settings"]["k"] == 20
 

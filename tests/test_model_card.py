@@ -60,7 +60,9 @@ def table(text: str, first: str) -> list[list[str]]:
     return rows
 
 
-@pytest.mark.parametrize("format", ["torchvision", "torchvision, small", "torchvision, medium", "timm", "safetensors"])
+@pytest.mark.parametrize(
+    "format", ["torchvision", "torchvision, small", "torchvision, medium", "timm", "safetensors"]
+)
 def test_the_code_loads_the_weights_and_the_image(
     run: Run, monkeypatch: pytest.MonkeyPatch, format: str
 ) -> None:

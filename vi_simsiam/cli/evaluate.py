@@ -68,7 +68,8 @@ def evaluate_run(
 ) -> None:
     """Draw the figures, evaluate by k nearest neighbours and linear probe, and print the results.
 
-    The results are the last two lines. Writes curves.png (where the run has a log), kappa.png and
+    The results are the last four lines: both accuracies of the validation images, and of the same
+    images shifted and turned a little. Writes curves.png (where the run has a log), kappa.png and
     density.png (VI-SimSiam only), knn.json and linear.json to the run folder; the features are
     computed once.
 
@@ -86,7 +87,7 @@ def evaluate_run(
     from vi_simsiam.evaluation.figures import draw_curves, draw_density, draw_kappa
     from vi_simsiam.evaluation.knn import evaluate_knn
     from vi_simsiam.evaluation.linear import evaluate_linear
-    from vi_simsiam.evaluation.results import summary_line, summary_table
+    from vi_simsiam.evaluation.results import summary_lines, summary_table
 
     output = world.console(console)
     console = Console(quiet=True) if quiet else output
@@ -105,8 +106,8 @@ def evaluate_run(
     health = Health.of_run(run.path, run.config)
     if health is not None and health.short:
         print_line(output, f"warning: training {health.line}", style="yellow")
-    for title, result in measured.items():
-        print_line(output, summary_line(title, result) + run.unfinished)
+    for line in summary_lines(measured):
+        print_line(output, line + run.unfinished)
 
 
 def knn(arguments: list[str]) -> int:
@@ -145,7 +146,7 @@ def _classify(
 ) -> int:
     """Print the accuracy of a classifier on a run's features, with a table if `table` is set."""
     from vi_simsiam.evaluation.features import collect
-    from vi_simsiam.evaluation.results import summary_line, summary_table
+    from vi_simsiam.evaluation.results import summary_lines, summary_table
 
     with Console().status("features", spinner="line") as status:
         run = open_run(options)
@@ -154,7 +155,8 @@ def _classify(
         result = score(features)
     if table:
         Console().print(summary_table({name: result}))
-    show(summary_line(name, result) + run.unfinished)
+    for line in summary_lines({name: result}):
+        show(line + run.unfinished)
     return 0
 
 

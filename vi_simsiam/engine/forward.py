@@ -53,6 +53,7 @@ def extract(
     batch_size: int = 256,
     world: World | None = None,
     output: Callable[[Tensor], Tensor] | None = None,
+    change: Callable[[Tensor, range], Tensor] | None = None,
     constants: Constants = IMAGENET,
 ) -> Tensor:
     """Outputs of a network for the un-augmented views of all images, in their order.
@@ -66,6 +67,7 @@ def extract(
         batch_size: images at a time; it does not change the result beyond rounding.
         world: ranks that compute a part each and all get the whole; None for this process alone.
         output: called in place of `network`; may give any (B, ...).
+        change: replaces views (B, C, size, size), given with the numbers of their images.
         constants: mean and standard deviation of the C channels, the run's.
 
     Returns:
@@ -77,13 +79,14 @@ def extract(
     if len(source) == 0:
         raise InputError(f"source: {source.name} holds no images")
     shared = world if world is not None and 1 < world.size <= len(source) else None
-    mine = source if shared is None else subset(source, np.asarray(shared.share(len(source))))
-    compute = output or network
+    numbers = range(len(source)) if shared is None else shared.share(len(source))
+    mine = source if shared is None else subset(source, np.asarray(numbers))
+    compute, parts = output or network, []
     with evaluating(network, device):
-        parts = [
-            compute(images.to(device)).float().cpu()
-            for images, _ in eval_loader(mine, size, batch_size, workers, constants)
-        ]
+        for images, _ in eval_loader(mine, size, batch_size, workers, constants):
+            here, numbers = numbers[: len(images)], numbers[len(images) :]
+            views = images if change is None else change(images, here)
+            parts.append(compute(views.to(device)).float().cpu())
     features = torch.cat(parts)
     return finite(features if shared is None else shared.gather_rows(features), source)
 

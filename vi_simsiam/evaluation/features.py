@@ -13,7 +13,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,6 +36,7 @@ from vi_simsiam.engine.forward import evaluating, extract, finite
 from vi_simsiam.engine.model import starting_backbone
 from vi_simsiam.engine.run import Run
 from vi_simsiam.errors import TrainingError
+from vi_simsiam.evaluation.moved import move
 from vi_simsiam.files import write_json
 from vi_simsiam.info import versions
 from vi_simsiam.text import brief_repr, counted
@@ -72,6 +73,9 @@ class FeatureSets:
     """Device of the evaluations."""
     step: int
     """The optimiser step of the trained encoder."""
+    moved: dict[str, Tensor] = field(default_factory=dict)
+    """Per encoder (M, F) float32 of the validation images shifted and turned a little (`move`);
+    empty if they are not evaluated."""
     unreadable: int = 0
     """Images left out because they cannot be read."""
     augmented: Callable[[], Iterator[tuple[Tensor, Tensor]]] | None = None
@@ -131,22 +135,17 @@ def collect(
     start = starting_backbone(run.path, trained)
     starting = {} if start is None else {STARTING: start}
     backbones = {"trained": trained, **starting, "untrained": untrained}
-    features: dict[str, dict[str, Tensor]] = {split: {} for split in sources}
-    for split, source in sources.items():
+    features: dict[str, dict[str, Tensor]] = {}
+    for split, change in (("train", None), ("val", None), ("moved", move)):
+        source = sources["val" if change else split]
+        given: dict[str, Any] = {"workers": workers, "constants": constants, "change": change}
         images = counted(len(source), f"{split} image")
+        found = features[split] = {}
         for name, backbone in backbones.items():
             report(f"{name} features of {images}")
-            features[split][name] = extract(
-                backbone,
-                source,
-                size=size,
-                device=device,
-                workers=workers,
-                world=world,
-                constants=constants,
-            )
+            found[name] = extract(backbone, source, size=size, device=device, world=world, **given)
         report(f"pixels of {images}")
-        features[split]["pixels"] = pixels(source, size, workers=workers, constants=constants)
+        found["pixels"] = pixels(source, size, **given)
     return FeatureSets(
         path=run.path,
         data=run.splits.name,
@@ -157,6 +156,7 @@ def collect(
         val_labels=torch.from_numpy(sources["val"].labels),
         device=device,
         step=run.step,
+        moved=features["moved"],
         unreadable=unreadable,
         augmented=lambda: random_features(
             trained,
@@ -199,14 +199,13 @@ def untrained_backbone(
     return backbone.eval()
 
 
-def pixels(
-    source: ImageSource, size: int, *, workers: int, constants: Constants = IMAGENET
-) -> Tensor:
-    """Un-augmented views of at most 32 x 32 pixels, flattened: (N, C * side * side) float32."""
+def pixels(source: ImageSource, size: int, **options: Any) -> Tensor:
+    """Un-augmented views of at most 32 x 32 pixels, flattened: (N, C * side * side) float32.
+
+    `options` are those of `extract`.
+    """
     side, cpu = min(size, PIXELS_SIZE), torch.device("cpu")
-    return extract(
-        nn.Flatten(), source, size=side, device=cpu, workers=workers, constants=constants
-    )
+    return extract(nn.Flatten(), source, size=side, device=cpu, **options)
 
 
 def random_features(

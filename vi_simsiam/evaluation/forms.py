@@ -37,6 +37,7 @@ class Accuracies(TypedDict):
     top1: Annotated[dict[Label, Share], _FEW]
     top5: NotRequired[Annotated[dict[Label, Share], _FEW] | None]
     held_out_top1: NotRequired[Annotated[dict[Label, Share], _FEW] | None]
+    moved_top1: NotRequired[Annotated[dict[Label, Share], _FEW] | None]
     train_images: NotRequired[Count]
     val_images: NotRequired[Count]
     settings: NotRequired[Settings | None]

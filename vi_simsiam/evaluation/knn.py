@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
+from torch import Tensor
+
 from vi_simsiam.engine.knn import KnnConfig, classify
 from vi_simsiam.evaluation.features import FeatureSets
 from vi_simsiam.evaluation.results import pack_bits
@@ -15,17 +17,24 @@ def evaluate_knn(features: FeatureSets, config: KnnConfig | None = None) -> dict
 
     Writes RUN/knn.json atomically and returns its content. For every encoder "top1" holds a
     fraction, and "correct" which validation images were classified correctly
-    (`results.unpack_bits`). "settings" holds the k that was used: fewer training images than k are
-    all neighbours.
+    (`results.unpack_bits`); "moved_top1" is the fraction of the moved ones, {} without them.
+    "settings" holds the k that was used: fewer training images than k are all neighbours.
     """
     device, labels = features.device, features.train_labels.to(features.device)
     config = config or KnnConfig()
     config = replace(config, k=min(config.k, len(labels)))
-    top1, correct = {}, {}
-    for encoder, train in features.train.items():
-        val, classes = features.val[encoder].to(device), len(features.classes)
-        predicted = classify(train.to(device), labels, val, classes=classes, config=config)
-        hits = predicted.cpu() == features.val_labels
-        top1[encoder], correct[encoder] = hits.double().mean().item(), pack_bits(hits)
-    body = {"settings": asdict(config), "top1": top1, "correct": correct}
+
+    def hits(encoder: str, queries: Tensor) -> Tensor:
+        given, classes = features.train[encoder].to(device), len(features.classes)
+        found = classify(given, labels, queries.to(device), classes=classes, config=config)
+        return found.cpu() == features.val_labels
+
+    found = {encoder: hits(encoder, queries) for encoder, queries in features.val.items()}
+    moved = {encoder: hits(encoder, queries) for encoder, queries in features.moved.items()}
+    body = {
+        "settings": asdict(config),
+        "top1": {encoder: right.double().mean().item() for encoder, right in found.items()},
+        "moved_top1": {encoder: right.double().mean().item() for encoder, right in moved.items()},
+        "correct": {encoder: pack_bits(right) for encoder, right in found.items()},
+    }
     return features.write("knn", body, ("torch", "torchvision", "numpy", "pillow"))

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -92,7 +92,8 @@ def evaluate_linear(features: FeatureSets, config: LinearConfig | None = None) -
     every encoder, as do "train_top1" (on the images trained on) and "held_out_top1" (None if none
     are held out). With fewer than five classes "top5" counts as many as there are, given by
     "top5_counts". "correct" holds which validation images were classified correctly
-    (`results.unpack_bits`). All accuracies are those of un-augmented images.
+    (`results.unpack_bits`). "moved_top1" is that of the moved validation images, all others are of
+    un-augmented images.
 
     Raises:
         InputError: too few training images to hold any out.
@@ -109,7 +110,7 @@ def evaluate_linear(features: FeatureSets, config: LinearConfig | None = None) -
         probe = LinearProbe.fit(train[kept].to(device), known, classes, config, views)
         fitted = probe(train.to(device)).cpu()
         found[encoder] = {
-            **validated(probe(features.val[encoder].to(device)).cpu(), features.val_labels),
+            **validated(lambda x, probe=probe: probe(x.to(device)).cpu(), features, encoder),
             "train_top1": accuracy(fitted[kept], labels[kept], 1),
         }
         if len(held_out):
@@ -236,13 +237,22 @@ def accuracy(logits: Tensor, labels: Tensor, counted: int) -> float:
     return round(float(share) * len(labels)) / len(labels)
 
 
-def validated(logits: Tensor, labels: Tensor) -> dict[str, Any]:
-    """ "top1", "top5" and "correct" of a result file, of logits (N, classes) and labels (N,)."""
-    return {
+def validated(
+    probe: Callable[[Tensor], Tensor], features: FeatureSets, encoder: str
+) -> dict[str, Any]:
+    """ "top1", "top5", "correct" and, of moved images, "moved_top1" of a result file.
+
+    `probe` gives logits (M, classes) of an encoder's features (M, F).
+    """
+    logits, labels = probe(features.val[encoder]), features.val_labels
+    found = {
         "top1": accuracy(logits, labels, 1),
         "top5": accuracy(logits, labels, min(5, logits.shape[1])),
         "correct": pack_bits(logits.argmax(1) == labels),
     }
+    if features.moved:
+        found["moved_top1"] = accuracy(probe(features.moved[encoder]), labels, 1)
+    return found
 
 
 def by_measure(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

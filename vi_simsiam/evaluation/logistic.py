@@ -84,7 +84,7 @@ def evaluate_logistic(
     for encoder, train in features.train.items():
         probe = LogisticProbe.fit(train, features.train_labels, classes, config)
         found[encoder] = {
-            **validated(probe.logits(features.val[encoder]), features.val_labels),
+            **validated(probe.logits, features, encoder),
             "train_top1": accuracy(probe.logits(train), features.train_labels, 1),
             "c": probe.c,
             "held_out_loss": {str(c): loss for c, loss in probe.held_out_loss.items()},

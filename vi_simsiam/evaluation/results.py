@@ -24,7 +24,9 @@ from vi_simsiam.text import counted
 
 ACCURACIES = {"knn": "kNN", "linear": "linear", "logistic": "logistic"}
 """Result files with accuracies, each named like the command that writes it, and their titles."""
-_MEASURES = {"top1": "top-1", "top5": "top-5", "held_out_top1": "held-out top-1"}
+_MEASURES = {
+    "top1": "top-1", "top5": "top-5", "held_out_top1": "held-out top-1", "moved_top1": "moved",
+}  # fmt: skip
 
 
 def read_result(
@@ -90,15 +92,25 @@ def summary_table(results: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
-def summary_line(title: str, result: dict[str, Any]) -> str:
-    """One line for a result: "kNN top-1: 71.2 % (untrained 55.0 %, pixels 75.0 %)".
+def summary_lines(results: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Lines for results by title, such as "kNN top-1: 71.2 % (untrained 55.0 %, pixels 75.0 %)".
 
-    It ends with k if all training images vote.
+    One for each accuracy of the validation images, then one for each of the moved ones. A line ends
+    with k if all training images vote.
     """
-    top1 = {encoder: f"{100 * share:.1f} %" for encoder, share in result["top1"].items()}
+    return [
+        _line(f"{title} top-1{images}", result, shares)
+        for key, images in (("top1", ""), ("moved_top1", " of moved images"))
+        for title, result in results.items()
+        if (shares := result.get(key))
+    ]
+
+
+def _line(title: str, result: dict[str, Any], shares: dict[str, float]) -> str:
+    top1 = {encoder: f"{100 * share:.1f} %" for encoder, share in shares.items()}
     trained = top1.pop("trained")
     others = ", ".join(f"{encoder} {share}" for encoder, share in top1.items())
-    line = f"{title} top-1: {trained} ({others})"
+    line = f"{title}: {trained} ({others})"
     k = result.get("settings", {}).get("k")
     everyone = k is not None and k >= result["train_images"]
     return f"{line} with k = {k}, all training images" if everyone else line
