@@ -70,7 +70,9 @@ def test_train_evaluate_and_resume(
     warned = [line.split(": values of 1 image range from 0 to 255")[0] for line in err.splitlines()]
     assert warned == [f"warning: {Path('data', 'train')}", f"warning: {data / 'val'}"], "once each"
     lines = [line.split(": ")[0] for line in out.splitlines()]
-    assert lines[1:] == ["kNN top-1", "linear top-1"], "after the verdict"
+    classifiers = ["kNN top-1", "linear top-1"]
+    moved = [f"{name} of moved images" for name in classifiers]
+    assert lines[1:] == classifiers + moved, "after the verdict"
     run_folder = tmp_path / "run"
     for name in ("knn", "linear"):
         top1 = json.loads((run_folder / f"{name}.json").read_text())["top1"]
