@@ -301,7 +301,7 @@ def test_a_saved_configuration_starts_another_run(
     command = f"train --data {image_folder} --device cpu --workers 0 --out run {small}"
     code, out, _ = run(command, capsys)
     assert code == 0
-    fitted = "--size 16 --crop-scale 0.3 1 --blur-prob 0 --stem imagenet --batch-size 40"
+    fitted = "--size 16 --crop-scale 0.5 1 --blur-prob 0 --stem medium --batch-size 40"
     assert f"(40 images of 16 pixels): {fitted}" in out
     saved = read_config(tmp_path / "run")
     assert (saved.data, saved.augment.size) == (f"folder:{image_folder}", 16)

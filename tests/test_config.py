@@ -222,7 +222,7 @@ def test_the_embedded_images_get_the_demo() -> None:
     ("count", "side", "size", "stem", "dim", "blur", "epochs", "warmup"),
     [
         (50_000, 32, 32, "small", 512, 0.0, 40, 2.0),  # CIFAR-10
-        (60_000, 28, 28, "imagenet", 512, 0.0, 4, 0.5),  # MNIST
+        (60_000, 28, 28, "medium", 512, 0.0, 3, 0.375),  # MNIST
         (9_469, 320, 224, "imagenet", 2048, 0.5, 200, 10.0),  # ImageNette
         (9_469, 128, 128, "imagenet", 2048, 0.5, 200, 10.0),
         (1_281_167, 500, 224, "imagenet", 2048, 0.5, 20, 1.0),

@@ -164,7 +164,9 @@ def test_the_photo_page_has_the_settings_of_the_code() -> None:
     for images, size, epochs in rows:
         assert settings(int(images.replace(",", "")), int(size)).epochs == int(epochs), images
     sides = {"up to 28 pixels": 28, "29 to 32 pixels": 29, "33 to 64 pixels": 64, "more": 65}
-    rows = re.findall(r"^\| ([^|]+) \| [^|]+ \| (small|ImageNet's) \| (\d+) \|", text, re.MULTILINE)
+    rows = re.findall(
+        r"^\| ([^|]+) \| [^|]+ \| (small|medium|ImageNet's) \| (\d+) \|", text, re.MULTILINE
+    )
     assert [side for side, *_ in rows] == list(sides)
     for side, stem, dim in rows:
         model = settings(64, sides[side]).model

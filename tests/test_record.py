@@ -100,7 +100,13 @@ def test_rows_have_all_changes_up_to_their_own() -> None:
     views = dataclasses.replace(base.augment, local_views=2, local_size=8)
     assert local == dataclasses.replace(faster, augment=views)
     assert TINY.settings(2) == {"lr": 0.04, "augment.local_views": 2, "augment.local_size": 8}
-    assert RECORDS["fashion-mini"].config(0) == preset("demo")
+
+
+def test_the_demo_is_the_last_recipe_of_its_record() -> None:
+    found = RECORDS["fashion-mini"]
+    last, demo = found.config(len(found.changes)), preset("demo")
+    local = {"local_size": demo.augment.local_size}  # of views that it does not make
+    assert dataclasses.replace(last, augment=dataclasses.replace(last.augment, **local)) == demo
 
 
 @pytest.mark.parametrize("name", RECORDS)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 from vi_simsiam.backbones import own_size
-from vi_simsiam.config import LEAST_SIZE, PRESETS, AugmentConfig, TrainConfig
+from vi_simsiam.config import LEAST_SIZE, PRESETS, AugmentConfig, Stem, TrainConfig
 from vi_simsiam.data.decoding import median_side
 from vi_simsiam.data.sources import ImageSource
 
 FITTED = (
     "size", "local_size", "crop_scale", "blur_prob", "stem", "dim", "epochs", "batch_size", "lr",
-    "warmup_epochs",
+    "weight_decay", "warmup_epochs",
 )  # fmt: skip
 """The settings that `suited` chooses."""
 
@@ -53,8 +53,8 @@ def suited(
     - Views have the images' size, or that of a timm model whose size is fixed or whose weights are
       given; local ones have SwAV's share of it. Up to 28 pixels the rest is
       the demo's.
-    - Up to 32 pixels the stem is the small one, unless weights are pretrained; up to 64 there is no
-      blur, and D is 512.
+    - Up to 28 pixels the stem is the medium one and up to 32 the small one, unless weights are
+      pretrained; up to 64 there is no blur, and D is 512.
     - The run sees about as many images as 200 epochs of ImageNette have (the demo's number up to 28
       pixels), in 20 to 400 epochs, of which a twentieth (an eighth) warms up the learning rate.
 
@@ -77,17 +77,20 @@ def suited(
     epochs = epochs or _epochs(len(source), tiny)
     shares = ranks * config.accumulate
     given = config.model.pretrained or ":" in config.model.backbone
-    small_stem = _TINY < size <= _ONE_PIXEL and not given
+    stem: Stem = "imagenet"
+    if size <= _ONE_PIXEL and not given:
+        stem = "medium" if tiny else "small"
     return dataclasses.replace(
         config,
         epochs=epochs,
         batch_size=max(2, min(start.batch_size, len(source)) // shares * shares),
         lr=start.lr,
+        weight_decay=start.weight_decay,
         warmup_epochs=epochs / (8 if tiny else 20),
         augment=sized(augment, size),
         model=dataclasses.replace(
             config.model,
-            stem="small" if small_stem else "imagenet",
+            stem=stem,
             dim=512 if size <= _SMALL else config.model.dim,
         ),
     )
