@@ -154,6 +154,34 @@ def test_what_happened_to_runs_and_trials_is_said(tmp_path: Path) -> None:
     assert "Nothing is chosen yet." in summarised(tmp_path)[1]
 
 
+def test_a_chosen_value_at_the_edge_of_its_range_is_marked(tmp_path: Path) -> None:
+    """SimSiam's choice is the middle of the grid, VI-SimSiam's has the largest learning rate."""
+    write_all(tmp_path, "tuned", seeds=1)
+    path = tmp_path / "chosen.json"
+    content = json.loads(path.read_text())
+    content["chosen"] = {
+        "simsiam": {"trial": "trial-simsiam-08"},
+        "vi-simsiam": {"trial": "trial-vi-simsiam-14"},
+    }
+    path.write_text(json.dumps(content))
+    _, text = summarised(tmp_path)
+    head = "| trial | lr | weight_decay | logistic probe, % | chosen for |"
+    assert head in text, "settings that no trial varies have no column"
+    assert "| trial-vi-simsiam-14 | 0.390625 | 0.0005 | - | vi-simsiam |" in text
+    within = "within the range 0.0001 to 0.0025"
+    rates = "range 0.01 to 0.390625"
+    assert f"- SimSiam: `lr` 0.0625, within the {rates}; `weight_decay` 0.0005, {within}\n" in text
+    assert f"- VI-SimSiam: `lr` 0.390625, at the edge of the {rates}; " in text
+    assert text.count("do not show that the range was wide enough") == 1
+    content["chosen"]["vi-simsiam"]["trial"] = "trial-simsiam-08"
+    path.write_text(json.dumps(content))
+    assert "wide enough" not in summarised(tmp_path)[1]
+    content["chosen"]["vi-simsiam"]["trial"] = "nothing"
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"chosen.json is damaged \(vi-simsiam or nothing is not"):
+        summarise(tmp_path)
+
+
 def test_time_to_accuracy_is_that_of_the_first_measurement(tmp_path: Path) -> None:
     plan = write_plan(tmp_path, "lightly-imagenette", seeds=2)
     shares_of = {

@@ -10,7 +10,7 @@ from vi_simsiam.config import TrainConfig
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.forms import Count, Label, Share, Text
 from vi_simsiam.evaluation.results import unpack_bits
-from vi_simsiam.experiments.plan import MEASURES
+from vi_simsiam.experiments.plan import MEASURES, TUNED
 from vi_simsiam.files import read_json
 
 _PROGRESS = ("knn200", "knn200_epoch", "knn200_seconds")
@@ -22,8 +22,13 @@ _Seconds = Annotated[float, NOT_NEGATIVE]
 _Setting = float | bool | str | None
 
 
+def _tried(settings: dict[str, _Setting]) -> bool:
+    return all(type(settings.get(name)) in (int, float) for name in TUNED)
+
+
 class _Arm(TypedDict):
     name: Label
+    method: Label
     note: Text
     inferred: list[Label]
     data: Label
@@ -31,7 +36,9 @@ class _Arm(TypedDict):
 
 class _Trial(TypedDict):
     name: Label
-    settings: dict[Label, _Setting]
+    method: Label
+    data: Label
+    settings: Annotated[dict[Label, _Setting], Rule(_tried, f"numbers for {' and '.join(TUNED)}")]
 
 
 class _Trials(TypedDict):

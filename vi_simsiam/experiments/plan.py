@@ -26,6 +26,9 @@ TRIAL_SEED = 1000
 HELD_OUT = 0.2
 """Share of the training images used to measure the trials, not to train them."""
 
+TUNED = ("lr", "weight_decay")
+"""Settings that the trials vary."""
+
 
 @dataclass(frozen=True)
 class PlanOptions:
@@ -51,8 +54,8 @@ class PlanOptions:
     """D: dimension of the representation space."""
     arms: tuple[str, ...] | None = None
     """Only these arms; None for all that are not optional."""
-    trials: int = 8
-    """Trials of every method on a held-out part of the training set (experiment tuned)."""
+    trials: int = 15
+    """Points of the grid of settings that every method tries (experiment tuned); 15 for all."""
     ema: float | None = None
     """Momentum of the target network (byol, vi-byol); None for 0.996, or 0.99 below 100 epochs."""
     backbone: str | None = None
@@ -180,10 +183,10 @@ class Plan:
 
 
 def settings(config: TrainConfig) -> dict[str, Any]:
-    """The settings that trials vary."""
+    """The settings of a trial: those that trials vary, and the loss."""
     shape = ("concentration_link", "concentration_gain", "concentration_scale")
     loss = {name: getattr(config.loss, name) for name in (*shape, "cosine_weight", "loss_scale")}
-    return {"lr": config.lr, "weight_decay": config.weight_decay, **loss}
+    return {**{name: getattr(config, name) for name in TUNED}, **loss}
 
 
 def make_plan(

@@ -16,7 +16,7 @@ from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.results import unpack_bits
 from vi_simsiam.experiments.forms import Chosen, read_plan, read_run
-from vi_simsiam.experiments.plan import MEASURES
+from vi_simsiam.experiments.plan import MEASURES, TUNED
 from vi_simsiam.experiments.runner import CHOSEN, PLAN, RESULTS, TRIALS
 from vi_simsiam.experiments.statistics import difference, estimate
 from vi_simsiam.files import read_json
@@ -196,7 +196,33 @@ def _trials(experiment: Experiment) -> dict[str, Any] | None:
         }
         for trial in planned["arms"]
     ]
-    return {**{name: planned[name] for name in ("measure", "seed", "held_out")}, "rows": rows}
+    return {
+        **{name: planned[name] for name in ("measure", "seed", "held_out")},
+        "rows": rows,
+        "choices": [_choice(experiment, arm) for arm in experiment.chosen],
+    }
+
+
+def _choice(experiment: Experiment, name: str) -> dict[str, Any]:
+    """The settings that an arm's trials chose, each with the smallest and the largest one tried.
+
+    Raises InputError if chosen.json names an arm or a trial that was not planned.
+    """
+    arms = {arm["name"]: arm for arm in experiment.plan["arms"]}
+    trials = {trial["name"]: trial for trial in experiment.plan["trials"]["arms"]}
+    trial = experiment.chosen[name]["trial"]
+    if name not in arms or trial not in trials:
+        raise InputError(f"out: {CHOSEN} is damaged ({name} or {trial} is not in {PLAN})")
+    same = [(arms[name][part], part) for part in ("method", "data")]
+    own = [each for each in trials.values() if all(each[part] == x for x, part in same)]
+    tried = {each: [one["settings"][each] for one in own] for each in TUNED}
+    return {
+        "short": experiment.short(name),
+        "settings": {
+            each: {"value": trials[trial]["settings"][each], "low": min(x), "high": max(x)}
+            for each, x in tried.items()
+        },
+    }
 
 
 def measures(runs: Iterable[Run]) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
+from vi_simsiam.experiments.plan import TUNED
 from vi_simsiam.experiments.results import Experiment, collect
 from vi_simsiam.experiments.runner import MARKDOWN
 from vi_simsiam.experiments.statistics import DRAWS, estimate
@@ -48,6 +49,7 @@ _STABILITY_NOTE = (
     "diverged where its loss stopped being finite."
 )
 _OVER_SEEDS = "mean ± sd over seeds"
+_EDGE = "at the edge of the range"
 
 
 def summarise(out: Path) -> dict[str, Any]:
@@ -239,7 +241,12 @@ def _trials(summary: dict[str, Any]) -> str:
     found = summary["trials"]
     if found is None:
         return ""
-    names = list(dict.fromkeys(name for row in found["rows"] for name in row["settings"]))
+    every = [row["settings"] for row in found["rows"]]
+    names = [
+        name
+        for name in dict.fromkeys(name for each in every for name in each)
+        if name in TUNED or any(each.get(name) != every[0].get(name) for each in every)
+    ]
     rows = []
     for row in found["rows"]:
         accuracy = "diverged" if row["diverged"] else "-"
@@ -249,13 +256,27 @@ def _trials(summary: dict[str, Any]) -> str:
         rows.append((row["trial"], *settings, accuracy, ", ".join(row["chosen_by"])))
     head = ("trial", *names, f"{MEASURE_NAMES[found['measure']]}, %", "chosen for")
     grid = markdown_grid(head, rows)
-    if not summary["chosen"]:
-        grid += "\n\nNothing is chosen yet."
+    chosen = "\n".join(map(_choice, found["choices"])) or "Nothing is chosen yet."
+    if _EDGE in chosen:
+        chosen += (
+            "\n\nWhere the best value lies at the edge of its range, the trials do not show that "
+            "the range was wide enough."
+        )
     return (
         f"Every method had as many trials, each trained with seed {found['seed']} on "
         f"{1 - found['held_out']:.0%} of the training images and measured on the other "
-        f"{found['held_out']:.0%}; validation images were not used.\n\n{grid}"
+        f"{found['held_out']:.0%}; validation images were not used.\n\n{grid}\n\n{chosen}"
     )
+
+
+def _choice(found: dict[str, Any]) -> str:
+    """The settings that an arm's trials chose, and the ranges tried, in one line of a list."""
+    parts = []
+    for name, tried in found["settings"].items():
+        value, low, high = (tried[each] for each in ("value", "low", "high"))
+        place = _EDGE if value in (low, high) else "within the range"
+        parts.append(f"`{name}` {value}, {place} {low} to {high}")
+    return f"- {arm_label(found['short'])}: {'; '.join(parts)}"
 
 
 def _settings(data: str, found: dict[str, Any]) -> list[str]:
