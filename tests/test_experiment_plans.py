@@ -108,12 +108,27 @@ def test_options_scale_an_experiment() -> None:
     views = config.augment
     assert (views.size, views.local_size, views.local_views) == (112, 48, 6)
     assert "/some" not in json.dumps(planned.described())
+    options = PlanOptions(ood=("near=folder:/some/where/dogs", "far=cifar10"))
+    assert plan("kappa", options).described()["options"]["ood"] == [
+        "near=folder:dogs",
+        "far=cifar10",
+    ]
     for epochs, ema in ((99, 0.99), (100, 0.996)):
         assert plan("controls", PlanOptions(epochs=epochs)).arms[-1].config.ema == ema
     assert {arm.config.model.dim for arm in plan("stability", PlanOptions(dim=96)).arms} == {96}
     for name in ("tuned", "controls", "stability"):
         views = plan(name, PlanOptions(preset="demo")).arms[0].config.augment
         assert (views.size, views.blur_prob) == (28, 0.0)
+
+
+def test_a_plain_folder_is_named_without_its_place(tmp_path: Path) -> None:
+    for name in ("cats", "dogs"):
+        (tmp_path / name).mkdir()
+    data = (str(tmp_path / "cats"), str(tmp_path / "dogs"))
+    planned = plan("kappa", PlanOptions(data=data, ood=(f"near={tmp_path / 'dogs'}",)))
+    assert planned.arms[-1].name == "fitted-folder-dogs"
+    assert planned.arms[-1].config.data == f"folder:{tmp_path / 'dogs'}"
+    assert str(tmp_path) not in json.dumps(planned.described())
 
 
 def test_further_training_begins_with_the_given_weights() -> None:
@@ -148,6 +163,11 @@ def test_arms_are_chosen_by_name() -> None:
         ("deaths", {"arms": ("vi-simsim",)}, r"\.\.\. \(48 in all\); did you mean 'vi-simsiam-d"),
         ("controls", {"arms": ()}, "arms: nothing is not accepted"),
         ("controls", {"data": ("folder:a/x", "folder:b/x")}, "two of them have the same name"),
+        (
+            "kappa",
+            {"ood": ("near=a", "b")},
+            "ood: b is not accepted; it must be near=DATA or far=DATA",
+        ),
         ("further", {}, "init: None is not accepted; it must be a run or file of weights"),
         ("deaths", {"epochs": 1}, "epochs: 1 is not accepted; it must be at least 2"),
         ("tuned", {"trials": 16}, "trials: 16 is not accepted; it must be at most 15"),

@@ -178,7 +178,7 @@ def test_a_chosen_value_at_the_edge_of_its_range_is_marked(tmp_path: Path) -> No
     assert "wide enough" not in summarised(tmp_path)[1]
     content["chosen"]["vi-simsiam"]["trial"] = "nothing"
     path.write_text(json.dumps(content))
-    with pytest.raises(InputError, match=r"chosen.json is damaged \(vi-simsiam or nothing is not"):
+    with pytest.raises(InputError, match=r"chosen.json is damaged \(it has an arm or a trial that"):
         summarise(tmp_path)
 
 

@@ -28,6 +28,7 @@ from vi_simsiam.experiments.plan import (
     make_plan,
     scaled,
 )
+from vi_simsiam.experiments.purposes import SCORES
 from vi_simsiam.text import METHODS
 
 _METHODS_PRIMARY = ("vi-simsiam", "simsiam", PRIMARY_MEASURE)
@@ -36,6 +37,7 @@ _SHORT_EPOCHS = 100
 _RATES, _GRID_BATCH = (0.01, 0.025, 0.0625, 0.15625, 0.390625), 64
 """Learning rates of the grid, for a batch of that size."""
 _WEIGHT_DECAYS = (1e-4, 5e-4, 2.5e-3)
+_FITTED = "a distribution fitted to the finished SimSiam run of its seed"
 _DEATH_DIMS, _DEATH_RATES = (128, 256, 512, 2048), (0.0125, 0.03, 0.06, 0.1)
 _REFERENCE_SEEDS = 4
 """Runs of SimSiam in the experiment "deaths", the reference for the others."""
@@ -51,6 +53,7 @@ def plan(name: str, options: PlanOptions) -> Plan:
         "table1": _table1,
         "tuned": _tuned,
         "controls": _controls,
+        "kappa": _kappa,
         "further": _further,
         "stability": _stability,
         "lightly-imagenette": _lightly_imagenette,
@@ -107,23 +110,25 @@ def _tuned(options: PlanOptions) -> Plan:
     trials = tuple(
         Arm(
             f"trial-{arm.name}-{number:02d}",
-            replace(arm.config, held_out=HELD_OUT, split_seed=TRIAL_SEED, **point),
+            replace(
+                arm.config, held_out=HELD_OUT, split_seed=TRIAL_SEED, lr=lr, weight_decay=decay
+            ),
             f"trial of {arm.name}",
             trial_of=arm.name,
         )
         for arm in made.arms
-        for number, point in enumerate(points, start=1)
+        for number, (lr, decay) in enumerate(points, start=1)
     )
     return replace(made, trials=trials)
 
 
-def _drawn(batch_size: int, trials: int) -> list[dict[str, float]]:
-    """Points of the grid for "tuned", in its order; fewer than all are drawn.
+def _drawn(batch_size: int, trials: int) -> list[tuple[float, float]]:
+    """Learning rates and weight decays for "tuned": a grid, in its order; fewer than all are drawn.
 
     Learning rates are in proportion to the batch.
     """
     grid = [
-        {"lr": float(f"{rate * batch_size / _GRID_BATCH:.6g}"), "weight_decay": decay}
+        (float(f"{rate * batch_size / _GRID_BATCH:.6g}"), decay)
         for rate in _RATES
         for decay in _WEIGHT_DECAYS
     ]
@@ -168,7 +173,7 @@ def _controls(options: PlanOptions) -> Plan:
             changed(concentration="detached"),
             "a concentration for each image from which the network learns nothing",
         ),
-        "fitted": (ours, "a distribution fitted to the finished SimSiam run of its seed"),
+        "fitted": (ours, _FITTED),
         "byol": (replace(simsiam, ema=ema), f"SimSiam with a target network of momentum {ema}"),
         "vi-byol": (replace(ours, ema=ema), f"VI-SimSiam with a target network of momentum {ema}"),
     }
@@ -177,6 +182,13 @@ def _controls(options: PlanOptions) -> Plan:
     for name in ("vi-softplus", "vi-byol"):
         arms[name] = replace(arms[name], optional=True)
     return make_plan("controls", options, list(arms.values()), _METHODS_PRIMARY)
+
+
+def _kappa(options: PlanOptions) -> Plan:
+    """Scores of uncertainty by purpose: kappa trained along, kappa fitted, and simpler ones."""
+    simsiam, ours = _both(scaled(preset(options.preset), options), "the same settings")
+    fitted = Arm("fitted", ours.config, _FITTED, fitted=True, after="simsiam")
+    return make_plan("kappa", options, [simsiam, ours, fitted], _METHODS_PRIMARY, scores=SCORES)
 
 
 def _further(options: PlanOptions) -> Plan:

@@ -28,7 +28,6 @@ def _tried(settings: dict[str, _Setting]) -> bool:
 
 class _Arm(TypedDict):
     name: Label
-    method: Label
     note: Text
     inferred: list[Label]
     data: Label
@@ -59,10 +58,14 @@ class _Options(TypedDict):
     seeds: Annotated[int, Rule(lambda x: 1 <= x <= 1000, "between 1 and 1000")]
 
 
+_FEW = Rule(lambda x: len(x) <= 100, "at most 100 entries")
 _ARMS = Rule(
     lambda x: len(x) <= 100 and len({arm["name"] for arm in x}) == len(x),
     "at most 100 arms with different names",
 )
+
+
+_SCORE = Rule(lambda x: len(x) == 2, "an arm and a score")
 
 
 class _Plan(TypedDict):
@@ -72,6 +75,7 @@ class _Plan(TypedDict):
     published: dict[Label, dict[Label, Share]]
     options: _Options
     trials: _Trials | None
+    scores: NotRequired[Annotated[list[Annotated[list[Label], _SCORE]], _FEW] | None]
     created: Label
 
 
@@ -118,6 +122,7 @@ class RunResult(TypedDict):
     versions: dict[Label, Label | None]
     commit: Label | None
     date: Label
+    purposes: NotRequired[Annotated[dict[Label, Annotated[dict[Label, Share], _FEW]], _FEW]]
     steps: NotRequired[Count | None]
     diverged: NotRequired[Text]
 
@@ -135,6 +140,7 @@ class Spec(TypedDict):
     result: _Place
     measures: list[Label]
     uncertainty: bool
+    ood: list[_Place]
     val_images: Annotated[int, at_least(1)] | None
     progress_every: Annotated[int, at_least(1)] | None
 

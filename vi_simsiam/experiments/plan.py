@@ -13,7 +13,7 @@ from typing import Any
 
 from vi_simsiam.checks import choice, require
 from vi_simsiam.config import TrainConfig
-from vi_simsiam.data_names import data_label
+from vi_simsiam.data_names import FOREIGN_KINDS, data_label, data_spec, foreign_spec
 from vi_simsiam.errors import InputError
 
 MEASURES = ("knn20", "knn200", "logistic", "linear", "linear_top5")
@@ -64,6 +64,8 @@ class PlanOptions:
     """Weights that the backbone begins with, as for `train`."""
     pretrained: bool = False
     """Begin with the ImageNet weights of torchvision or timm."""
+    ood: tuple[str, ...] = ()
+    """Images to measure uncertainty on: near=DATA or far=DATA, by their distance from the own."""
 
     def __post_init__(self) -> None:
         for name in ("seeds", "epochs", "images", "val_images", "trials"):
@@ -71,6 +73,8 @@ class PlanOptions:
             require(name, value, value is None or value >= 1, "at least 1")
         for name in ("data", "arms"):
             require(name, "nothing", getattr(self, name) != (), "at least one")
+        for spec in self.ood:
+            require("ood", spec, foreign_spec(spec)[0] in FOREIGN_KINDS, "near=DATA or far=DATA")
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,8 @@ class Plan:
     """Settings tried on held-out images before the arms' settings are known."""
     measures: tuple[str, ...] = MEASURES
     """Accuracies of every run; if empty, only the training counts and no weights are kept."""
+    scores: tuple[tuple[str, str], ...] = ()
+    """Scores of uncertainty to compare by purpose, each with the arm that has it."""
 
     def tuned(self, accuracy: dict[str, float]) -> dict[str, Arm]:
         """The arms with the settings of their best trial, by its name; `accuracy` is by trial."""
@@ -166,6 +172,8 @@ class Plan:
         options = {item.name: getattr(self.options, item.name) for item in fields(PlanOptions)}
         options["data"] = [data_label(spec) for spec in self.options.data or ()]
         options["init"] = self.options.init and self.options.init.name
+        foreign = map(foreign_spec, self.options.ood)
+        options["ood"] = [f"{kind}={data_label(data_spec(data))}" for kind, data in foreign]
         trials = {
             "seed": TRIAL_SEED,
             "held_out": HELD_OUT,
@@ -179,6 +187,7 @@ class Plan:
             "published": self.published,
             "options": options,
             "trials": trials if self.trials else None,
+            "scores": [list(score) for score in self.scores] or None,
         }
 
 
@@ -214,7 +223,7 @@ def make_plan(
         InputError: an unknown arm, an arm without the one that it starts from, or two data sets
             with the same name.
     """
-    data = options.data or data
+    data = tuple(map(data_spec, options.data or data))
     options = replace(options, data=data)
     names = tuple(arm.name for arm in arms)
     for wanted in options.arms or ():

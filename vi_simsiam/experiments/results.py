@@ -17,6 +17,7 @@ from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.results import unpack_bits
 from vi_simsiam.experiments.forms import Chosen, read_plan, read_run
 from vi_simsiam.experiments.plan import MEASURES, TUNED
+from vi_simsiam.experiments.purposes import compared
 from vi_simsiam.experiments.runner import CHOSEN, PLAN, RESULTS, TRIALS
 from vi_simsiam.experiments.statistics import difference, estimate
 from vi_simsiam.files import read_json
@@ -74,6 +75,14 @@ class Experiment:
         (data,) = (each["data"] for each in self.plan["arms"] if each["name"] == arm)
         return arm.removesuffix(f"-{data.replace(':', '-')}")
 
+    def purposes(self) -> dict[str, list[dict[str, Any]]]:
+        """The scores that the plan compares, `compared` on each data set; empty without any."""
+        found = {}
+        for data in self.data if self.plan.get("scores") else ():
+            arms = {self.short(arm): runs for arm, runs in self.on(data).items()}
+            found[data] = compared(self.plan["scores"], arms)
+        return found
+
     def reference(self, data: str) -> str | None:
         """The arm that others on this data set are compared with, as in the primary comparison."""
         if (primary := self.plan["primary"]) is None:
@@ -97,7 +106,7 @@ def collect(experiment: Experiment) -> dict[str, Any]:
             "diverged": [len(_diverged(arm)) for arm in (first, second)],
             "difference": _compare(first, second, primary["measure"]),
         }
-    return {
+    content = {
         "experiment": plan["experiment"],
         "created": plan["created"],
         "primary": found,
@@ -112,6 +121,9 @@ def collect(experiment: Experiment) -> dict[str, Any]:
         "commits": _occurring(run["commit"] for run in runs),
         "dates": _range(run["date"][:10] for run in runs),
     }
+    if purposes := experiment.purposes():
+        content["purposes"] = purposes
+    return content
 
 
 def _data_set(experiment: Experiment, data: str) -> dict[str, Any]:
@@ -204,22 +216,23 @@ def _trials(experiment: Experiment) -> dict[str, Any] | None:
 
 
 def _choice(experiment: Experiment, name: str) -> dict[str, Any]:
-    """The settings that an arm's trials chose, each with the smallest and the largest one tried.
+    """The settings of an arm's best trial, each with the smallest and the largest one tried.
 
     Raises InputError if chosen.json names an arm or a trial that was not planned.
     """
-    arms = {arm["name"]: arm for arm in experiment.plan["arms"]}
     trials = {trial["name"]: trial for trial in experiment.plan["trials"]["arms"]}
     trial = experiment.chosen[name]["trial"]
-    if name not in arms or trial not in trials:
-        raise InputError(f"out: {CHOSEN} is damaged ({name} or {trial} is not in {PLAN})")
-    same = [(arms[name][part], part) for part in ("method", "data")]
-    own = [each for each in trials.values() if all(each[part] == x for x, part in same)]
+    if name not in experiment.arms or trial not in trials:
+        raise InputError(
+            f"out: {CHOSEN} is damaged (it has an arm or a trial that was not planned)"
+        )
+    best = trials[trial]
+    own = [each for each in trials.values() if all(each[x] == best[x] for x in ("method", "data"))]
     tried = {each: [one["settings"][each] for one in own] for each in TUNED}
     return {
         "short": experiment.short(name),
         "settings": {
-            each: {"value": trials[trial]["settings"][each], "low": min(x), "high": max(x)}
+            each: {"value": best["settings"][each], "low": min(x), "high": max(x)}
             for each, x in tried.items()
         },
     }
