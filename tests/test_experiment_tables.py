@@ -100,6 +100,22 @@ def test_accuracies_without_bits_have_no_interval(tmp_path: Path) -> None:
     assert "No interval: " in text
 
 
+def test_a_fitted_distribution_has_the_features_of_its_runs(tmp_path: Path) -> None:
+    """Their difference is 0 by construction; where the images that are right differ, it is not."""
+    plan = write_plan(tmp_path, "kappa", seeds=2, data=("fashion-mini",))
+    for name, arm in arms(plan).items():
+        for seed in (0, 1):
+            content = result(arm, "kappa", seed)
+            if name == "fitted":
+                content["config"]["model"]["projector"] = "standardised"
+            write_result(tmp_path, content)
+    assert "| fitted | the same features |" in summarised(tmp_path)[1]
+    assert "| VI-SimSiam | 0.0 (" in summarised(tmp_path)[1], "equal by chance"
+    content |= right(204)
+    write_result(tmp_path, content)
+    assert "| fitted | −0.5 (" in summarised(tmp_path)[1]
+
+
 def comparable(folder: Path) -> tuple[Any, str]:
     """The content of summary.json and summary.md, rounded and without the drawn intervals."""
 
@@ -112,7 +128,9 @@ def comparable(folder: Path) -> tuple[Any, str]:
     return numbers, re.sub(ends, "", (folder / "summary.md").read_text())
 
 
-@pytest.mark.parametrize("name", ["table1", "tuned", "controls", "stability", "lightly-imagenette"])
+@pytest.mark.parametrize(
+    "name", ["table1", "tuned", "controls", "fitted", "stability", "lightly-imagenette"]
+)
 def test_committed_summaries_are_those_of_their_results(name: str, tmp_path: Path) -> None:
     shutil.copytree(COMMITTED / name, tmp_path / name, ignore=shutil.ignore_patterns("summary.*"))
     summarise(tmp_path / name)

@@ -27,6 +27,8 @@ def gain(found: dict[str, Any] | None) -> str:
     """A `statistics.difference` in percentage points, with its interval if there is one."""
     if found is None:
         return "-"
+    if found.get("same"):
+        return "the same features"
     value = points(found["value"])
     if found["low"] is None:
         return value

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vi_simsiam.config import PLACE_FIELDS, flat
+from vi_simsiam.config import PLACE_FIELDS, TrainConfig, flat
 from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.results import unpack_bits
@@ -26,6 +26,7 @@ Run = dict[str, Any]
 """The content of a result file."""
 Arms = dict[str, list[Run]]
 _LEVELS = {"8/10 of all runs' last": 0.8, "9/10 of it": 0.9, "all runs' last": 1.0}
+_NO_INTERVAL = dict.fromkeys(("low", "high", "verdict", "images", "over_seeds"))
 _ENDINGS = ("ratio", "z_std", "effective_rank", "grad_median", "grad_max")
 
 
@@ -262,12 +263,15 @@ def _uncertainty(runs: list[Run]) -> dict[str, Any]:
 def _compare(first: list[Run], second: list[Run], measure: str) -> dict[str, Any] | None:
     """The `difference` of two arms' accuracies; None if one of them was not measured.
 
-    Without an interval if a run has no bits that show which images it got right. Raises InputError
-    if runs were measured on different numbers of images, or their bits are damaged.
+    Without an interval if the features are the same, or a run has no bits that show which images it
+    got right. Raises InputError if runs were measured on different numbers of images, or their bits
+    are damaged.
     """
     arms = [[run for run in arm if measure in run["accuracy"]] for arm in (first, second)]
     if not all(arms):
         return None
+    if _same_features(first, second):
+        return {**_NO_INTERVAL, "value": 0.0, "seeds": [len(arm) for arm in arms], "same": True}
     if all(measure in run["correct"] for arm in arms for run in arm):
         sizes = _occurring(run["val_images"] for arm in arms for run in arm)
         if len(sizes) > 1:
@@ -280,8 +284,17 @@ def _compare(first: list[Run], second: list[Run], measure: str) -> dict[str, Any
             )
         )
     means = [float(np.mean([run["accuracy"][measure] for run in arm])) for arm in arms]
-    none = dict.fromkeys(("low", "high", "verdict", "images", "over_seeds"))
-    return {"value": means[0] - means[1], **none, "seeds": [len(arm) for arm in arms]}
+    return {
+        **_NO_INTERVAL,
+        "value": means[0] - means[1],
+        "seeds": [len(arm) for arm in arms],
+    }
+
+
+def _same_features(first: list[Run], second: list[Run]) -> bool:
+    """True if distributions were fitted to the runs of the second arm, whose features they have."""
+    fitted = all(TrainConfig.from_dict(run["config"]).fitted for run in first)
+    return fitted and [run["correct"] for run in first] == [run["correct"] for run in second]
 
 
 def columns(run: Run) -> dict[str, NDArray[np.float64]]:
