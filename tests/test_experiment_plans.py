@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,31 @@ def test_further_training_begins_with_the_given_weights() -> None:
         assert config.lr == pytest.approx(slower)
     arms = plan("further", PlanOptions(pretrained=True)).arms
     assert all(arm.config.model.pretrained for arm in arms)
+
+
+def test_weights_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    """A file by its content, a run by that of its last checkpoint."""
+
+    def named(init: Path) -> str:
+        found = plan("further", PlanOptions(init=init)).described()["options"]["init"]
+        assert isinstance(found, str)
+        return found
+
+    places = [tmp_path / name / "w.pth" for name in ("one", "other")]
+    for place in places:
+        place.parent.mkdir()
+        place.write_bytes(b"1")
+    assert named(places[0]) == named(places[1])
+    assert re.fullmatch(r"w\.pth \([0-9a-f]{16}\)", named(places[0]))
+    places[1].write_bytes(b"2")
+    assert named(places[0]) != named(places[1])
+
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoint-00000010.safetensors").write_bytes(b"1")
+    before = named(run)
+    (run / "checkpoint-00000020.safetensors").write_bytes(b"2")
+    assert named(run) not in ("run", before)
 
 
 def test_arms_are_chosen_by_name() -> None:

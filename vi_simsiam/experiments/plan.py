@@ -6,6 +6,7 @@ runs again. The primary comparison is part of the plan and is written down befor
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from vi_simsiam.checks import choice, require
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.data_names import FOREIGN_KINDS, data_label, data_spec, foreign_spec
 from vi_simsiam.errors import InputError
+from vi_simsiam.paths import user_path
 
 MEASURES = ("knn20", "knn200", "logistic", "linear", "linear_top5")
 """Accuracies measured for every run, in the order of every table."""
@@ -171,7 +173,7 @@ class Plan:
         """The content of plan.json, without its date."""
         options = {item.name: getattr(self.options, item.name) for item in fields(PlanOptions)}
         options["data"] = [data_label(spec) for spec in self.options.data or ()]
-        options["init"] = self.options.init and self.options.init.name
+        options["init"] = self.options.init and _weights(self.options.init)
         foreign = map(foreign_spec, self.options.ood)
         options["ood"] = [f"{kind}={data_label(data_spec(data))}" for kind, data in foreign]
         trials = {
@@ -189,6 +191,19 @@ class Plan:
             "trials": trials if self.trials else None,
             "scores": [list(score) for score in self.scores] or None,
         }
+
+
+def _weights(init: Path) -> str:
+    """The name of a run or a file of weights, and a digest of what it holds."""
+    from vi_simsiam.engine.checkpoint import checkpoints
+
+    place = user_path("init", init)
+    files = [path for path in (place, *checkpoints(place)) if path.is_file()]
+    if not files:
+        return init.name
+    with files[0].open("rb") as file:
+        found = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8))
+    return f"{init.name} ({found.hexdigest()})"
 
 
 def settings(config: TrainConfig) -> dict[str, Any]:
