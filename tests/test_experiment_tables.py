@@ -216,6 +216,18 @@ def test_time_to_accuracy_is_that_of_the_first_measurement(tmp_path: Path) -> No
     assert "| VI-SimSiam | 20 ± 14.1 | 30 ± 0 | 30 ± 0 | not reached |" in text
 
 
+def test_a_foreign_set_may_have_any_name(tmp_path: Path) -> None:
+    plan = write_all(tmp_path, "kappa", seeds=1)
+    figures: dict[str, float | str] = {"ood_auroc": 0.6, "ood_auroc_brand_name": 0.6}
+    figures |= {"ood_auroc_baseline": 0.7, "ood_auroc_baseline_name": "contrast"}
+    write_result(tmp_path, result(plan.arms[1], "kappa", 0, uncertainty=figures))
+    assert "0.700 (contrast)" in summarised(tmp_path)[1]
+    figures["ood_auroc_baseline_name"] = 0.5
+    write_result(tmp_path, result(plan.arms[1], "kappa", 0, uncertainty=figures))
+    with pytest.raises(InputError, match="numbers, and names as text"):
+        summarise(tmp_path)
+
+
 def test_folders_that_cannot_be_summarised_are_named(tmp_path: Path) -> None:
     plan = write_all(tmp_path, "table1", seeds=1, data=("imagenette",))
     bits = pack_bits(torch.zeros(100, dtype=torch.bool))
