@@ -64,6 +64,7 @@ SCORES = (
 )
 """The arms and scores that the experiment "kappa" compares. The backbone of the arm `fitted` is
 SimSiam's, so its other scores are those that SimSiam has without any concentration."""
+_DIGITS = 2
 _NOTE = (
     "AUROC, mean ± sd over seeds; 0.5 is chance, 1 the best. The scores without the name of an arm "
     f"are those of SimSiam's features, as the arm `{_ON}` has them, and of the pixels. Refusing: "
@@ -169,13 +170,13 @@ def purposes_markdown(found: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def _grid(rows: list[dict[str, Any]]) -> str:
-    """A line for every score and a column for every purpose; its best one is bold."""
+    """A line for every score and a column for every purpose, whose highest figures are bold."""
     names = shown_purposes(rows)
     free = [row["auroc"] for row in rows if not row["labels"]]
     best = {name: max((_mean(each, name) for each in free), default=-1.0) for name in names}
 
     def cell(row: dict[str, Any], name: str) -> str:
-        text = mean_sd(row["auroc"].get(name), 1, 2)
+        text = mean_sd(row["auroc"].get(name), 1, _DIGITS)
         is_best = not row["labels"] and _mean(row["auroc"], name) == best[name]
         return f"**{text}**" if is_best and text != "-" else text
 
@@ -184,5 +185,5 @@ def _grid(rows: list[dict[str, Any]]) -> str:
 
 
 def _mean(estimates: dict[str, Any], name: str) -> float:
-    """The mean of a purpose; less than any AUROC where it was not measured."""
-    return estimates[name]["mean"] if name in estimates else -1.0
+    """The mean of a purpose as it is shown; less than any AUROC where it was not measured."""
+    return round(estimates[name]["mean"], _DIGITS) if name in estimates else -1.0
