@@ -143,7 +143,7 @@ def _experiment(paths: list[str], folder: Path) -> str:
     for section in sections:
         title, _, body = section.partition("\n")
         found[title.strip().lower().replace(" ", "-")] = body.strip()
-    plots = [path.parent / name for name in ("accuracy.png", "stability.png")]
+    plots = [path.parent / f"{name}.png" for name in ("accuracy", "stability", "purposes")]
     found["figures"] = _pictures(plots, " of the runs", folder)
     for part in parts:
         if part not in found:

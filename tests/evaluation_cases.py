@@ -187,7 +187,10 @@ def uncertainty_result(data: str = "fashion-mini") -> dict[str, Any]:
             kind: {
                 "levels": list(range(6)),
                 "median_kappa": draw.random(6).tolist(),
-                "scores": drawn("spearman", "monotone"),
+                "scores": {
+                    name: {**figures, "aurocs": [0.5 + figures["monotone"] / 2] * 5}
+                    for name, figures in drawn("spearman", "monotone").items()
+                },
             }
             for kind in MAGNITUDES
         },

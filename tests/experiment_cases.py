@@ -75,7 +75,7 @@ def stand_in(folder: Path) -> list[str]:
 
 
 def small_plan(
-    rates: dict[str, float], *, seeds: int = 1, after: dict[str, str] | None = None
+    rates: dict[str, float], *, after: dict[str, str] | None = None, seeds: int = 1, **options: Any
 ) -> Plan:
     """A plan of arms by their learning rates."""
     names, waits = list(rates), after or {}
@@ -90,7 +90,8 @@ def small_plan(
         for name, lr in rates.items()
     ]
     primary = (names[-1], names[0], "logistic")
-    return make_plan("controls", PlanOptions(seeds=seeds), arms, primary, data=("fashion-mini",))
+    given = PlanOptions(seeds=seeds, **options)
+    return make_plan("controls", given, arms, primary, data=("fashion-mini",))
 
 
 def tiny_config(data: str, **changes: Any) -> TrainConfig:
@@ -134,6 +135,7 @@ def spec(config: TrainConfig, out: Path, **changes: Any) -> dict[str, Any]:
         "experiment": "controls",
         "measures": ["knn20", "knn200", "logistic", "linear"],
         "uncertainty": True,
+        "ood": [],
         "val_images": None,
         "progress_every": None,
         "arm": "arm",

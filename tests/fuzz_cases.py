@@ -35,6 +35,7 @@ from vi_simsiam.evaluation.uncertainty_figures import draw_uncertainty
 from vi_simsiam.experiments import figures, seeds, tables, worker
 from vi_simsiam.experiments.deaths import summarise_deaths
 from vi_simsiam.experiments.forms import Spec, Trained
+from vi_simsiam.experiments.purposes import purposes
 from vi_simsiam.experiments.results import Experiment, collect
 from vi_simsiam.export.folder import model_card
 from vi_simsiam.files import read_json
@@ -83,7 +84,9 @@ def readers(folder: Path) -> list[Reader]:
     """Every format; `folder` is for files from which they are made."""
     run, experiment = folder / "run", folder / "experiment"
     _run(run)
+    kappa = folder / "kappa"
     write_all(experiment, "tuned", seeds=2, trials=2)
+    _kappa(kappa)
     deaths = COMMITTED / "deaths" / "fashion-mini"
     log = (run / "metrics.jsonl").read_bytes()
     uncertainty, knn = ((run / name).read_bytes() for name in ("uncertainty.json", "knn.json"))
@@ -132,6 +135,12 @@ def readers(folder: Path) -> list[Reader]:
         Reader("result with a long curve", long, _experiment, "results/vi-simsiam-seed-0.json",
                _tuned, 0.1),
         Reader("result in figures", result, _drawn, "results/vi-simsiam-seed-0.json", _tuned, 0.05),
+        Reader("plan of kappa", (kappa / "plan.json").read_bytes(), _experiment, "plan.json",
+               _kappa, 0.2),
+        Reader("result of kappa", (kappa / "results" / "fitted-seed-0.json").read_bytes(),
+               _experiment, "results/fitted-seed-0.json", _kappa, 0.2),
+        Reader("plan of kappa in figures", (kappa / "plan.json").read_bytes(), _purposes,
+               "plan.json", _kappa, 0.05),
         Reader("result in deaths", long, _deaths, "results/vi-simsiam-seed-0.json", _dead, 0.3),
         Reader("plan of deaths", (deaths / "plan.json").read_bytes(), _deaths, "plan.json", _dead,
                0.3),
@@ -168,6 +177,13 @@ def _run(folder: Path) -> None:
 
 def _tuned(folder: Path) -> None:
     write_all(folder, "tuned", seeds=2, trials=2)
+
+
+def _kappa(folder: Path) -> None:
+    write_all(folder, "kappa", seeds=1)
+    for path in (folder / "results").iterdir():
+        found = {"purposes": purposes(uncertainty_result())}
+        path.write_text(json.dumps(json.loads(path.read_text()) | found))
 
 
 def _dead(folder: Path) -> None:
@@ -242,6 +258,10 @@ def _report(path: Path) -> None:
 def _experiment(path: Path) -> None:
     folder = path.parent.parent if path.parent.name == "results" else path.parent
     tables._markdown(collect(Experiment.read(folder)))
+
+
+def _purposes(path: Path) -> None:
+    figures.draw(path.parent)
 
 
 def _drawn(path: Path) -> None:

@@ -162,5 +162,5 @@ RUNS = {
             --parallel 2 --threads 1 --workers 1 --data-root {here} --offline --cache-dir \
             {here}/cache --out {out} => momentum 0.9""",
     "experiment further": f"""
-        {_FURTHER} --init {{simsiam}} --out {{out}} => fitted to them""",
+        {_FURTHER} --init {{simsiam}} --ood near={{others}} --out {{out}} => "near":""",
 }

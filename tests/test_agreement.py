@@ -8,6 +8,7 @@ import json
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from test_every_option import called
 from torch import nn
 
 import vi_simsiam
-from vi_simsiam.cli import main
+from vi_simsiam.cli import main, use
 from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.data.subsets import at_most
 from vi_simsiam.engine import processes
@@ -32,6 +33,7 @@ from vi_simsiam.evaluation.scores import Network, Seeds, views_of
 from vi_simsiam.experiments import agreement
 from vi_simsiam.inference import embed, label_free
 from vi_simsiam.inference.embed import Table, with_agreement
+from vi_simsiam.inference.encoder import Encoder
 from vi_simsiam.inference.label_free import common_neighbours, neighbour_agreement
 from vi_simsiam.models import SimSiam
 
@@ -198,12 +200,33 @@ def test_uncertainty_of_a_folder_of_seeds(
     assert not (folder / "seed-6" / "uncertainty.json").exists()
 
     config = json.loads((folder / "seed-6" / "config.json").read_text())
-    config["augment"]["size"] = 20
+    config |= {"data": "folder:/moved", "augment": {**config["augment"], "size": 20}}
     (folder / "seed-6" / "config.json").write_text(json.dumps(config))
-    capsys.readouterr()
-    assert run_command(*command) == 2
-    assert "seed-6 differs from" in (error := capsys.readouterr().err)
-    assert "in more than its seed: augment.size: 16 -> 20" in error
+    applied = (folder, image_folder, "--out", tmp_path / "out.parquet")
+    for words in (command, ["embed", *applied], ["rank", *applied]):
+        capsys.readouterr()
+        assert run_command(*words) == 2
+        assert "seed-6 differs from" in (error := capsys.readouterr().err)
+        assert error.endswith("in more than its seed: augment.size: 16 -> 20\n")
+
+
+def test_only_the_agreement_opens_the_other_seeds(
+    seeds: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, opened = use._load, []
+
+    def noted(options: Any, run: Path) -> Encoder:
+        opened.append(run.name)
+        return load(options, run)
+
+    monkeypatch.setattr(use, "_load", noted)
+    for by, wanted in (
+        ("kappa", ["seed-5"]),
+        ("neighbour_agreement", ["seed-5", "seed-6", "seed-7"]),
+    ):
+        opened.clear()
+        assert run_command("rank", seeds, images, "--by", by, "--out", tmp_path / by) == 0
+        assert opened == wanted
 
 
 @pytest.mark.usefixtures("small_runs")

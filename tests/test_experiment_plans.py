@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -58,21 +59,27 @@ def test_lightlys_loss_is_half_of_ours() -> None:
         assert plan("lightly-imagenette", PlanOptions(epochs=epochs)).published == wanted
 
 
-@pytest.mark.parametrize("trials", [1, 36])
-def test_both_methods_get_the_same_number_of_different_trials(trials: int) -> None:
-    options = PlanOptions(trials=trials, batch_size=128)
-    planned = plan("tuned", options)
-    assert plan("tuned", options).described() == planned.described()
-    literal = 0
-    for method in ("simsiam", "vi-simsiam"):
-        configs = [arm.config for arm in planned.trials if arm.config.method == method]
-        points = {(config.lr, config.weight_decay, config.loss) for config in configs}
-        assert len(points) == len(configs) == trials
-        assert {config.held_out for config in configs} == {0.2}
-        rates = [config.lr for config in configs if config.loss.concentration_scale == 1.0]
-        assert all(2e-4 <= lr <= 6e-3 for lr in rates), "in proportion to the batch"
-        literal += len(rates)
-    assert literal == trials // 2, "both parametrisations get equally many trials"
+def test_both_methods_try_the_same_points_of_one_grid() -> None:
+    """Learning rates are in proportion to the batch, and those for 64 come 2.5 apart."""
+
+    def tried(**options: Any) -> dict[str, list[tuple[float, float]]]:
+        planned = plan("tuned", PlanOptions(**options))
+        assert {arm.config.held_out for arm in planned.trials} == {0.2}
+        assert {arm.config.loss for arm in planned.trials} == {LossConfig()}
+        found: dict[str, list[tuple[float, float]]] = {"simsiam": [], "vi-simsiam": []}
+        for arm in planned.trials:
+            found[arm.config.method].append((arm.config.lr, arm.config.weight_decay))
+        return found
+
+    rates = [0.02 * 2.5**power for power in range(5)]
+    grid = [(pytest.approx(rate), decay) for rate in rates for decay in (1e-4, 5e-4, 2.5e-3)]
+    whole = tried(batch_size=128, preset="paper")
+    assert whole == {"simsiam": grid, "vi-simsiam": grid}
+    some = tried(batch_size=128, trials=8)
+    assert some["simsiam"] == some["vi-simsiam"]
+    assert len(set(some["simsiam"])) == 8
+    assert [point for point in whole["simsiam"] if point in some["simsiam"]] == some["simsiam"]
+    assert some["simsiam"] != whole["simsiam"][:8], "a draw"
 
 
 def test_deaths_runs_every_loss_at_every_dimension_and_learning_rate() -> None:
@@ -102,12 +109,27 @@ def test_options_scale_an_experiment() -> None:
     views = config.augment
     assert (views.size, views.local_size, views.local_views) == (112, 48, 6)
     assert "/some" not in json.dumps(planned.described())
+    options = PlanOptions(ood=("near=folder:/some/where/dogs", "far=cifar10"))
+    assert plan("kappa", options).described()["options"]["ood"] == [
+        "near=folder:dogs",
+        "far=cifar10",
+    ]
     for epochs, ema in ((99, 0.99), (100, 0.996)):
         assert plan("controls", PlanOptions(epochs=epochs)).arms[-1].config.ema == ema
     assert {arm.config.model.dim for arm in plan("stability", PlanOptions(dim=96)).arms} == {96}
     for name in ("tuned", "controls", "stability"):
         views = plan(name, PlanOptions(preset="demo")).arms[0].config.augment
         assert (views.size, views.blur_prob) == (28, 0.0)
+
+
+def test_a_plain_folder_is_named_without_its_place(tmp_path: Path) -> None:
+    for name in ("cats", "dogs"):
+        (tmp_path / name).mkdir()
+    data = (str(tmp_path / "cats"), str(tmp_path / "dogs"))
+    planned = plan("kappa", PlanOptions(data=data, ood=(f"near={tmp_path / 'dogs'}",)))
+    assert planned.arms[-1].name == "fitted-folder-dogs"
+    assert planned.arms[-1].config.data == f"folder:{tmp_path / 'dogs'}"
+    assert str(tmp_path) not in json.dumps(planned.described())
 
 
 def test_further_training_begins_with_the_given_weights() -> None:
@@ -127,6 +149,31 @@ def test_further_training_begins_with_the_given_weights() -> None:
     assert all(arm.config.model.pretrained for arm in arms)
 
 
+def test_weights_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    """A file by its content, a run by that of its last checkpoint."""
+
+    def named(init: Path) -> str:
+        found = plan("further", PlanOptions(init=init)).described()["options"]["init"]
+        assert isinstance(found, str)
+        return found
+
+    places = [tmp_path / name / "w.pth" for name in ("one", "other")]
+    for place in places:
+        place.parent.mkdir()
+        place.write_bytes(b"1")
+    assert named(places[0]) == named(places[1])
+    assert re.fullmatch(r"w\.pth \([0-9a-f]{16}\)", named(places[0]))
+    places[1].write_bytes(b"2")
+    assert named(places[0]) != named(places[1])
+
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoint-00000010.safetensors").write_bytes(b"1")
+    before = named(run)
+    (run / "checkpoint-00000020.safetensors").write_bytes(b"2")
+    assert named(run) not in ("run", before)
+
+
 def test_arms_are_chosen_by_name() -> None:
     assert "vi-byol" not in [arm.name for arm in plan("controls", PlanOptions()).arms]
     some = plan("controls", PlanOptions(arms=("simsiam", "vi-byol", "fitted")))
@@ -142,9 +189,14 @@ def test_arms_are_chosen_by_name() -> None:
         ("deaths", {"arms": ("vi-simsim",)}, r"\.\.\. \(48 in all\); did you mean 'vi-simsiam-d"),
         ("controls", {"arms": ()}, "arms: nothing is not accepted"),
         ("controls", {"data": ("folder:a/x", "folder:b/x")}, "two of them have the same name"),
+        (
+            "kappa",
+            {"ood": ("near=a", "b")},
+            "ood: b is not accepted; it must be near=DATA or far=DATA",
+        ),
         ("further", {}, "init: None is not accepted; it must be a run or file of weights"),
         ("deaths", {"epochs": 1}, "epochs: 1 is not accepted; it must be at least 2"),
-        ("tuned", {"trials": 37}, "trials: 37 is not accepted; it must be at most 36"),
+        ("tuned", {"trials": 16}, "trials: 16 is not accepted; it must be at most 15"),
         *(("controls", {option: 0}, f"^{option}: 0 is not accepted") for option in NUMBERS),
     ],
 )

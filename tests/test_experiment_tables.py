@@ -100,6 +100,22 @@ def test_accuracies_without_bits_have_no_interval(tmp_path: Path) -> None:
     assert "No interval: " in text
 
 
+def test_a_fitted_distribution_has_the_features_of_its_runs(tmp_path: Path) -> None:
+    """Their difference is 0 by construction; where the images that are right differ, it is not."""
+    plan = write_plan(tmp_path, "kappa", seeds=2, data=("fashion-mini",))
+    for name, arm in arms(plan).items():
+        for seed in (0, 1):
+            content = result(arm, "kappa", seed)
+            if name == "fitted":
+                content["config"]["model"]["projector"] = "standardised"
+            write_result(tmp_path, content)
+    assert "| fitted | the same features |" in summarised(tmp_path)[1]
+    assert "| VI-SimSiam | 0.0 (" in summarised(tmp_path)[1], "equal by chance"
+    content |= right(204)
+    write_result(tmp_path, content)
+    assert "| fitted | −0.5 (" in summarised(tmp_path)[1]
+
+
 def comparable(folder: Path) -> tuple[Any, str]:
     """The content of summary.json and summary.md, rounded and without the drawn intervals."""
 
@@ -112,7 +128,9 @@ def comparable(folder: Path) -> tuple[Any, str]:
     return numbers, re.sub(ends, "", (folder / "summary.md").read_text())
 
 
-@pytest.mark.parametrize("name", ["table1", "tuned", "controls", "stability", "lightly-imagenette"])
+@pytest.mark.parametrize(
+    "name", ["table1", "tuned", "controls", "fitted", "stability", "lightly-imagenette"]
+)
 def test_committed_summaries_are_those_of_their_results(name: str, tmp_path: Path) -> None:
     shutil.copytree(COMMITTED / name, tmp_path / name, ignore=shutil.ignore_patterns("summary.*"))
     summarise(tmp_path / name)
@@ -154,6 +172,34 @@ def test_what_happened_to_runs_and_trials_is_said(tmp_path: Path) -> None:
     assert "Nothing is chosen yet." in summarised(tmp_path)[1]
 
 
+def test_a_chosen_value_at_the_edge_of_its_range_is_marked(tmp_path: Path) -> None:
+    """SimSiam's choice is the middle of the grid, VI-SimSiam's has the largest learning rate."""
+    write_all(tmp_path, "tuned", seeds=1)
+    path = tmp_path / "chosen.json"
+    content = json.loads(path.read_text())
+    content["chosen"] = {
+        "simsiam": {"trial": "trial-simsiam-08"},
+        "vi-simsiam": {"trial": "trial-vi-simsiam-14"},
+    }
+    path.write_text(json.dumps(content))
+    _, text = summarised(tmp_path)
+    head = "| trial | lr | weight_decay | logistic probe, % | chosen for |"
+    assert head in text, "settings that no trial varies have no column"
+    assert "| trial-vi-simsiam-14 | 0.390625 | 0.0005 | - | vi-simsiam |" in text
+    within = "within the range 0.0001 to 0.0025"
+    rates = "range 0.01 to 0.390625"
+    assert f"- SimSiam: `lr` 0.0625, within the {rates}; `weight_decay` 0.0005, {within}\n" in text
+    assert f"- VI-SimSiam: `lr` 0.390625, at the edge of the {rates}; " in text
+    assert text.count("do not show that the range was wide enough") == 1
+    content["chosen"]["vi-simsiam"]["trial"] = "trial-simsiam-08"
+    path.write_text(json.dumps(content))
+    assert "wide enough" not in summarised(tmp_path)[1]
+    content["chosen"]["vi-simsiam"]["trial"] = "nothing"
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"chosen.json is damaged \(it has an arm or a trial that"):
+        summarise(tmp_path)
+
+
 def test_time_to_accuracy_is_that_of_the_first_measurement(tmp_path: Path) -> None:
     plan = write_plan(tmp_path, "lightly-imagenette", seeds=2)
     shares_of = {
@@ -168,6 +214,18 @@ def test_time_to_accuracy_is_that_of_the_first_measurement(tmp_path: Path) -> No
     text = summarised(tmp_path)[1]
     assert "| SimSiam | 20 ± 0 | 25 ± 7.07 | 30 ± 0 | 30 (1 of 2 runs) |" in text
     assert "| VI-SimSiam | 20 ± 14.1 | 30 ± 0 | 30 ± 0 | not reached |" in text
+
+
+def test_a_foreign_set_may_have_any_name(tmp_path: Path) -> None:
+    plan = write_all(tmp_path, "kappa", seeds=1)
+    figures: dict[str, float | str] = {"ood_auroc": 0.6, "ood_auroc_brand_name": 0.6}
+    figures |= {"ood_auroc_baseline": 0.7, "ood_auroc_baseline_name": "contrast"}
+    write_result(tmp_path, result(plan.arms[1], "kappa", 0, uncertainty=figures))
+    assert "0.700 (contrast)" in summarised(tmp_path)[1]
+    figures["ood_auroc_baseline_name"] = 0.5
+    write_result(tmp_path, result(plan.arms[1], "kappa", 0, uncertainty=figures))
+    with pytest.raises(InputError, match="numbers, and names as text"):
+        summarise(tmp_path)
 
 
 def test_folders_that_cannot_be_summarised_are_named(tmp_path: Path) -> None:

@@ -99,7 +99,14 @@ def test_a_trained_run_is_only_measured(
     worker.train(config, folder)
     written = checkpoints(folder)[0].stat().st_mtime_ns
     monkeypatch.setattr(worker, "Trainer", _fail)
-    monkeypatch.setattr(worker, "evaluate_uncertainty", lambda run, report: UNCERTAINTY)
+    asked: list[Any] = []
+
+    def evaluate(run: Any, *, ood: list[str], report: Any) -> dict[str, Any]:
+        asked.append(ood)
+        return UNCERTAINTY
+
+    monkeypatch.setattr(worker, "evaluate_uncertainty", evaluate)
+    given["ood"] = ["near=folder:/cats"]
     moved = dataclasses.replace(config, cache_dir=tmp_path / "elsewhere").to_dict()
     line = worker.work({**given, "config": moved})
     assert worker.work(given) == "measured before"
@@ -110,6 +117,8 @@ def test_a_trained_run_is_only_measured(
     shares = {name: f"{100 * share:.1f} %" for name, share in result["accuracy"].items()}
     assert line == f"knn20 {shares['knn20']}  logistic {shares['logistic']}"
     assert result["uncertainty"]["calibration_error"] == 0.25
+    assert result["purposes"]["refusing"] == {"kappa": 0.7, "contrast": 0.6, "softmax": 0.99}
+    assert asked == [["near=folder:/cats"]]
     path.unlink()
     other = {**given, "config": dataclasses.replace(config, lr=0.3).to_dict()}
     with pytest.raises(InputError, match="the configuration differs from .*: lr: 0.02 -> 0.3"):
@@ -126,7 +135,7 @@ def test_a_trained_run_is_only_measured(
 def test_a_distribution_is_fitted_to_the_run_of_another_arm(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "evaluate_uncertainty", lambda run, report: UNCERTAINTY)
+    monkeypatch.setattr(worker, "evaluate_uncertainty", lambda run, **_: UNCERTAINTY)
     simsiam = tiny_config(f"folder:{image_folder}", method="simsiam", epochs=1)
     found = {}
     for after in (None, str(tmp_path / "simsiam" / "runs" / "arm-seed-0")):
@@ -198,11 +207,13 @@ UNCERTAINTY: dict[str, Any] = {
         "digits": {"seen_classes": False, "scores": {"kappa": 0.4, "contrast": 0.3}},
     },
     "ood": {
-        "cats": scores("auroc", kappa=0.9, contrast=0.5, jpeg_size=0.8),
-        "dogs": scores("auroc", kappa=0.5, contrast=1.0, jpeg_size=0.5),
+        "cats": {"kind": "far", **scores("auroc", kappa=0.9, contrast=0.5, jpeg_size=0.8)},
+        "dogs": {"kind": "far", **scores("auroc", kappa=0.5, contrast=1.0, jpeg_size=0.5)},
     },
     "corruptions": {"blur": scores("spearman", kappa=0.5, contrast=-0.5)},
 }
+for trend in UNCERTAINTY["corruptions"]["blur"]["scores"].values():
+    trend["aurocs"] = [0.5, 0.5, 0.5, 0.5, 1.0]
 
 
 def test_uncertainty_is_flattened_beside_the_best_trivial_score() -> None:

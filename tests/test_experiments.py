@@ -17,6 +17,7 @@ import pytest
 import torch
 from experiment_cases import calls, run, small_plan, stand_in
 from filelock import FileLock
+from PIL import Image
 from rich.console import Console
 
 from vi_simsiam.cli.experiment import experiment
@@ -62,6 +63,23 @@ def test_every_run_gets_its_arm_its_seed_and_its_place(
     (out / "results" / "b-seed-1.json").unlink()
     assert run(planned, out, command)[1][0] == "3 of 4 runs finished and kept"
     assert [len(calls(out, name)) for name in ("a-seed-0", "b-seed-0", "b-seed-1")] == [1, 1, 2]
+
+
+def test_foreign_images_are_opened_before_the_first_run(
+    out: Path, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    planned = small_plan({"a": 0.1}, ood=("near=cats", "far=folder:dogs"))
+    for name in ("cats", "dogs"):
+        with pytest.raises(InputError, match=name):
+            run(planned, out, command)
+        assert not out.exists()
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "image.png")
+    assert run(planned, out, command)[0] == 0
+    (call,) = calls(out, "a-seed-0")
+    assert call["ood"] == [f"near=folder:{tmp_path}/cats", f"far=folder:{tmp_path}/dogs"]
+    assert str(tmp_path) not in (out / "plan.json").read_text()
 
 
 def test_runs_go_round_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:

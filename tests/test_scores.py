@@ -231,7 +231,8 @@ def test_measures_that_are_not_defined_are_none() -> None:
         assert measure(scores, none) is measure(scores, ~none) is None
     assert (metrics.aurc(scores, none), metrics.augrc(scores, none)) == (0, 0)
     assert (metrics.aurc(scores, ~none), metrics.augrc(scores, ~none)) == (1, 0.5)
-    assert metrics.level_trend(np.ones((3, 4))) == {"spearman": None, "monotone": 0.0}
+    constant = {"spearman": None, "monotone": 0.0, "aurocs": [0.5, 0.5]}
+    assert metrics.level_trend(np.ones((3, 4))) == constant
 
 
 def test_detection_takes_the_foreign_images_as_positive() -> None:
@@ -268,6 +269,8 @@ def test_level_trend_by_brute_force() -> None:
     assert trend["spearman"] == approx(np.corrcoef(ranks, level_ranks)[0, 1], abs=1e-12)
     rises = [scores[level + 1, i] > scores[level, i] for level in range(5) for i in range(40)]
     assert trend["monotone"] == approx(np.mean(rises), abs=1e-12)
+    above = [np.mean(level[:, None] > scores[0]) for level in scores[1:]]
+    assert trend["aurocs"] == approx(above, abs=1e-12)
 
 
 def test_samples_of_the_predicted_distributions_are_calibrated() -> None:

@@ -17,6 +17,9 @@ NAMED_DATA = ("fashion-mini", "cifar10", "imagenette", "imagewoof")
 LISTING_KINDS = ("list", "csv", "parquet", "tar")
 """Kinds of files that name images or hold them."""
 
+FOREIGN_KINDS = ("near", "far")
+"""Kinds of images that a run was not trained on, by their distance from its own."""
+
 _KINDS = ("folder", "pack", *LISTING_KINDS)
 _COLUMNS = re.compile(r"\?(path|label|split)=.*$")
 """Names of columns behind a CSV file's path."""
@@ -42,6 +45,12 @@ def data_spec(text: str) -> str:
 def located_spec(text: str) -> str:
     """The same with absolute paths."""
     return _each(data_spec(text), lambda place: str(Path(place).absolute()))
+
+
+def foreign_spec(text: str) -> tuple[str, str]:
+    """Kind and data set of near=DATA and far=DATA; of DATA alone the kind is "given"."""
+    kind, equals, data = text.partition("=")
+    return (kind, data) if equals and kind in FOREIGN_KINDS else ("given", text)
 
 
 def joined_spec(folders: Sequence[str | os.PathLike[str]]) -> str:

@@ -19,7 +19,7 @@ from vi_simsiam.text import show
 @dataclass(frozen=True)
 class _Experiment(Place, PlanOptions):
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = tyro.MISSING
-    """table1, tuned, controls, further, stability, lightly-imagenette or deaths."""
+    """table1, tuned, controls, kappa, further, stability, lightly-imagenette or deaths."""
     out: Path | None = None
     """Folder of the experiment; None for runs/experiments/NAME. The same command continues it."""
 

@@ -94,10 +94,12 @@ def embed(arguments: list[str]) -> int:
         raise InputError(f"neighbours: {options.neighbours} must be at least 0")
     _check_free([options.out], options.overwrite)
 
+    from vi_simsiam.experiments.seeds import finished
     from vi_simsiam.inference.embed import describe, with_agreement, write_parquet
 
-    encoders, source = _open(options)
-    encoder, among, references = encoders[0], source, None
+    encoders = [_load(options, run) for run in finished(options.run)]
+    encoder, references = encoders[0], None
+    source = among = _source(options.images, options, encoder.config.decode, train=False)
     if options.reference is not None:
         among = _source(options.reference, options, encoder.config.decode, train=True)
     tables = _collect(options, encoders, source)
@@ -133,14 +135,16 @@ def rank(arguments: list[str]) -> int:
     listing, picture = out.with_name(f"{out.name}.csv"), out.with_name(f"{out.name}.png")
     _check_free([listing, picture], options.overwrite)
 
+    from vi_simsiam.experiments.seeds import finished
     from vi_simsiam.files import write_atomically
     from vi_simsiam.inference.embed import with_agreement
     from vi_simsiam.inference.label_free import AGREEMENT
     from vi_simsiam.inference.ranking import draw_ranking, rankable, score_values, write_ranking
 
-    encoders, source = _open(options)
-    encoder, by = encoders[0], options.by
-    accepted = rankable(encoder.model, several=len(encoders) > 1)
+    runs, by = finished(options.run), options.by
+    encoder = _load(options, runs[0])
+    source = _source(options.images, options, encoder.config.decode, train=False)
+    accepted = rankable(encoder.model, several=len(runs) > 1)
     if by == "kappa" and by not in accepted:
         raise InputError(
             f"run: {options.run} is SimSiam, which predicts no concentration to rank by; "
@@ -153,8 +157,8 @@ def rank(arguments: list[str]) -> int:
         )
     if by not in accepted:
         raise none_of("by", by, accepted)
-    if by != AGREEMENT:
-        encoders = [encoder]
+    others = runs[1:] if by == AGREEMENT else []
+    encoders = [encoder, *(_load(options, run) for run in others)]
     tables = _collect(options, encoders, source, embeddings=by != "kappa")
     table = with_agreement(tables, None, encoder.device)
     values = score_values(table, by, encoder.device)
@@ -176,16 +180,10 @@ def _check_free(paths: list[Path], overwrite: bool) -> None:
             raise InputError(f"out: {path} exists; say --overwrite to replace it")
 
 
-def _open(options: _Images) -> tuple[list[Encoder], ImageSource]:
-    """Open the run, or the runs of several seeds, and the images."""
-    from vi_simsiam.experiments.seeds import finished
+def _load(options: _Images, run: Path) -> Encoder:
     from vi_simsiam.inference.encoder import load
 
-    encoders = [
-        load(run, options.device, workers=options.workers, checkpoint=options.checkpoint)
-        for run in finished(options.run)
-    ]
-    return encoders, _source(options.images, options, encoders[0].config.decode, train=False)
+    return load(run, options.device, workers=options.workers, checkpoint=options.checkpoint)
 
 
 def _collect(

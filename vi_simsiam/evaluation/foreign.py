@@ -23,7 +23,7 @@ from vi_simsiam.data.datasets import Splits, open_dataset
 from vi_simsiam.data.inside import file_of
 from vi_simsiam.data.packed import PackedImages
 from vi_simsiam.data.sources import ArraySource, FileSource, ImageSource
-from vi_simsiam.data_names import data_label
+from vi_simsiam.data_names import data_label, foreign_spec
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.corruptions import Tones
 from vi_simsiam.paths import printable
@@ -31,7 +31,6 @@ from vi_simsiam.text import counted
 
 BUILTIN_IMAGES = 500
 """Most images of a built-in set."""
-_KINDS = ("near", "far")
 _SAMPLED_BYTES = 1024
 
 
@@ -60,10 +59,7 @@ def open_sets(specs: Sequence[str], own: Splits, config: TrainConfig) -> list[Fo
             or by its files.
     """
     root, download, decode = config.data_root, not config.offline, config.decode
-    given = []
-    for spec in specs:
-        kind, equals, named = spec.partition("=")
-        given.append((kind, named) if equals and kind in _KINDS else ("given", spec))
+    given = [foreign_spec(spec) for spec in specs]
     if len({named for _, named in given}) != len(given):
         raise InputError(f"ood: {', '.join(specs)} names a data set twice; give each one once")
     taken = {"noise", "digits", "validation"}

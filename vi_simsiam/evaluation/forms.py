@@ -110,9 +110,13 @@ class _Foreign(TypedDict):
     scores: Annotated[dict[Label, _Detection], _KAPPA]
 
 
+_DAMAGED = Rule(lambda x: len(x) == len(LEVELS) - 1, f"{len(LEVELS) - 1} values, one for a level")
+
+
 class _Trend(TypedDict):
     spearman: Cosine | None
     monotone: Share | None
+    aurocs: NotRequired[Annotated[list[Share], _DAMAGED]]
 
 
 _Kappas = Annotated[

@@ -128,7 +128,7 @@ def retrieved(embedding: Tensor, labels: NDArray[np.int64]) -> Flags:
     return same
 
 
-def level_trend(scores: Scores) -> dict[str, float | None]:
+def level_trend(scores: Scores) -> dict[str, Any]:
     """Dependence of a score on the level of damage.
 
     Args:
@@ -137,7 +137,8 @@ def level_trend(scores: Scores) -> dict[str, float | None]:
     Returns:
         "spearman", the rank correlation of level and score over all images and levels, None if the
         score is constant; "monotone", the share of steps from a level to the next, within an image,
-        at which the score rises.
+        at which the score rises; "aurocs", for each level but the first that of telling its images
+        from those of the first.
     """
     from scipy.stats import spearmanr
 
@@ -146,6 +147,7 @@ def level_trend(scores: Scores) -> dict[str, float | None]:
     return {
         "spearman": None if constant else float(spearmanr(levels, scores.ravel()).statistic),
         "monotone": float(np.mean(np.diff(scores, axis=0) > 0)),
+        "aurocs": [detection_figures(scores[0], level)["auroc"] for level in scores[1:]],
     }
 
 

@@ -13,7 +13,6 @@ Nothing is fitted to the images that are evaluated, and no score's sign is chose
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vi_simsiam.checks import require
-from vi_simsiam.config import differing_fields
 from vi_simsiam.data.channels import Pixels
 from vi_simsiam.data.loader import eval_pixels
 from vi_simsiam.data.packed import PackedImages
@@ -97,7 +95,7 @@ def evaluate_uncertainty(
 
     Args:
         run: the run.
-        seeds: runs that differ in their seed, for the score "neighbour_agreement".
+        seeds: runs that differ from it in their seed alone, for the score "neighbour_agreement".
         ood: other data sets, see `foreign`.
         images: most validation images, drawn by `seed`; None for all.
         seed: of every choice of images, of the views and of the damage.
@@ -106,8 +104,8 @@ def evaluate_uncertainty(
 
     Raises:
         InputError: the run predicts no concentration, numbers out of range, a data set that cannot
-            be opened or is the run's own, validation classes that are not the training classes,
-            damaged weights, or runs that differ in more than their seed.
+            be opened or is the run's own, validation classes that are not the training classes, or
+            damaged weights.
     """
     if not isinstance(run.model, VISimSiam):
         raise InputError("run: SimSiam predicts no concentration to measure; vi-simsiam does")
@@ -123,7 +121,7 @@ def evaluate_uncertainty(
         if own := refuse_own_images(each, packed, [data.train, data.evaluated]):
             total = counted(len(packed), "image")
             data.notes.append(f"{own:,} of {total} of {each.name} are the run's own")
-    others = Seeds([_network(run, _other_seed(run, path)) for path in seeds])
+    others = Seeds([_network(run, load_model(path, run.device)[1]) for path in seeds])
     decode = run.config.decode
     if not decode.is_rgb:
         data.notes.append(
@@ -207,17 +205,6 @@ class _Measured:
 
 def _network(run: Run, model: SimSiam) -> Network:
     return Network(model, run.device, run.config.augment.constants)
-
-
-def _other_seed(run: Run, path: Path) -> SimSiam:
-    """The model of a run that differs from `run` in its seed alone."""
-    config, model, _, _ = load_model(path, run.device)
-    same = dataclasses.replace(run.config, seed=config.seed, data=config.data)
-    if differing := differing_fields(same, config):
-        raise InputError(
-            f"run: {path} differs from {run.path} in more than its seed: {'; '.join(differing)}"
-        )
-    return model
 
 
 def _foreign(

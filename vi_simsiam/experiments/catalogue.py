@@ -13,7 +13,6 @@ from vi_simsiam.config import (
     LITERAL,
     SOFTPLUS,
     LossConfig,
-    Method,
     ModelConfig,
     TrainConfig,
     policy,
@@ -29,13 +28,16 @@ from vi_simsiam.experiments.plan import (
     make_plan,
     scaled,
 )
+from vi_simsiam.experiments.purposes import SCORES
 from vi_simsiam.text import METHODS
 
 _METHODS_PRIMARY = ("vi-simsiam", "simsiam", PRIMARY_MEASURE)
 _SHORT_EPOCHS = 100
 """In fewer epochs, a target network with momentum 0.996 stays close to the untrained network."""
-_GRID_BATCH = 64
-_WEIGHT_DECAYS = (1e-4, 3e-4, 1e-3)
+_RATES, _GRID_BATCH = (0.01, 0.025, 0.0625, 0.15625, 0.390625), 64
+"""Learning rates of the grid, for a batch of that size."""
+_WEIGHT_DECAYS = (1e-4, 5e-4, 2.5e-3)
+_FITTED = "a distribution fitted to the finished SimSiam run of its seed"
 _DEATH_DIMS, _DEATH_RATES = (128, 256, 512, 2048), (0.0125, 0.03, 0.06, 0.1)
 _REFERENCE_SEEDS = 4
 """Runs of SimSiam in the experiment "deaths", the reference for the others."""
@@ -51,6 +53,7 @@ def plan(name: str, options: PlanOptions) -> Plan:
         "table1": _table1,
         "tuned": _tuned,
         "controls": _controls,
+        "kappa": _kappa,
         "further": _further,
         "stability": _stability,
         "lightly-imagenette": _lightly_imagenette,
@@ -95,52 +98,43 @@ def _both(base: TrainConfig, described: str) -> list[Arm]:
 
 
 def _tuned(options: PlanOptions) -> Plan:
-    """Every method with the best settings found by the same number of trials.
+    """Every method with the best settings that trials at the same points found.
 
     Trials have a seed of their own and are measured on a held-out part of the training images. The
     best settings are then run with new seeds on the whole training set.
     """
-    base = scaled(preset(options.preset), options)
+    base = replace(scaled(preset(options.preset), options), loss=LossConfig())
     arms = _both(base, "the settings that its trials chose")
     made = make_plan("tuned", options, arms, _METHODS_PRIMARY)
-    drawn = {method: _drawn(method, base.batch_size, options.trials) for method in METHODS}
+    points = _drawn(base.batch_size, options.trials)
     trials = tuple(
         Arm(
             f"trial-{arm.name}-{number:02d}",
-            replace(arm.config, held_out=HELD_OUT, split_seed=TRIAL_SEED, **settings),
+            replace(
+                arm.config, held_out=HELD_OUT, split_seed=TRIAL_SEED, lr=lr, weight_decay=decay
+            ),
             f"trial of {arm.name}",
             trial_of=arm.name,
         )
         for arm in made.arms
-        for number, settings in enumerate(drawn[arm.config.method], start=1)
+        for number, (lr, decay) in enumerate(points, start=1)
     )
     return replace(made, trials=trials)
 
 
-def _drawn(method: Method, batch_size: int, trials: int) -> list[dict[str, Any]]:
-    """Draw settings of a method for "tuned" without repetition, in turn from its loss's forms.
+def _drawn(batch_size: int, trials: int) -> list[tuple[float, float]]:
+    """Learning rates and weight decays for "tuned": a grid, in its order; fewer than all are drawn.
 
-    Learning rates are in proportion to the batch; these are for a batch of 64. Both methods have 36
-    points. The gradients of the literal loss, the paper's, are D - 1 times as large.
+    Learning rates are in proportion to the batch.
     """
-    generator = np.random.default_rng(TRIAL_SEED)
-
-    def shuffled(low: float, high: float, count: int, loss: LossConfig) -> list[dict[str, Any]]:
-        rates = np.geomspace(low, high, count) * batch_size / _GRID_BATCH
-        points = [
-            {"lr": float(f"{rate:.4g}"), "weight_decay": decay, "loss": loss}
-            for rate in rates
-            for decay in _WEIGHT_DECAYS
-        ]
-        return [points[i] for i in generator.permutation(len(points))]
-
-    if method == "simsiam":
-        points = shuffled(6e-3, 0.1, 12, LossConfig())
-    else:
-        forms = shuffled(6e-3, 0.1, 6, LossConfig()), shuffled(1e-4, 3e-3, 6, LITERAL)
-        points = [point for both in zip(*forms, strict=True) for point in both]
-    require("trials", trials, trials <= len(points), f"at most {len(points)}, the points of a grid")
-    return points[:trials]
+    grid = [
+        (float(f"{rate * batch_size / _GRID_BATCH:.6g}"), decay)
+        for rate in _RATES
+        for decay in _WEIGHT_DECAYS
+    ]
+    require("trials", trials, trials <= len(grid), f"at most {len(grid)}, the points of the grid")
+    chosen = np.random.default_rng(TRIAL_SEED).permutation(len(grid))[:trials]
+    return [grid[number] for number in sorted(chosen)]
 
 
 def _controls(options: PlanOptions) -> Plan:
@@ -179,7 +173,7 @@ def _controls(options: PlanOptions) -> Plan:
             changed(concentration="detached"),
             "a concentration for each image from which the network learns nothing",
         ),
-        "fitted": (ours, "a distribution fitted to the finished SimSiam run of its seed"),
+        "fitted": (ours, _FITTED),
         "byol": (replace(simsiam, ema=ema), f"SimSiam with a target network of momentum {ema}"),
         "vi-byol": (replace(ours, ema=ema), f"VI-SimSiam with a target network of momentum {ema}"),
     }
@@ -188,6 +182,13 @@ def _controls(options: PlanOptions) -> Plan:
     for name in ("vi-softplus", "vi-byol"):
         arms[name] = replace(arms[name], optional=True)
     return make_plan("controls", options, list(arms.values()), _METHODS_PRIMARY)
+
+
+def _kappa(options: PlanOptions) -> Plan:
+    """Scores of uncertainty by purpose: kappa trained along, kappa fitted, and simpler ones."""
+    simsiam, ours = _both(scaled(preset(options.preset), options), "the same settings")
+    fitted = Arm("fitted", ours.config, _FITTED, fitted=True, after="simsiam")
+    return make_plan("kappa", options, [simsiam, ours, fitted], _METHODS_PRIMARY, scores=SCORES)
 
 
 def _further(options: PlanOptions) -> Plan:

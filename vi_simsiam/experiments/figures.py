@@ -1,22 +1,28 @@
-"""Figures of an experiment: its trainings in stability.png, and accuracies in accuracy.png."""
+"""Figures of an experiment: stability.png, accuracy.png and purposes.png.
+
+They show its trainings, the accuracies, and what scores of uncertainty are worth by purpose.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MultipleLocator, NullFormatter
 
 from vi_simsiam.config import TrainConfig
 from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
-from vi_simsiam.evaluation.style import BLUE, GRAY, ORANGE, STYLE, figure, save
+from vi_simsiam.evaluation.style import BLUE, GRAY, INK, ORANGE, STYLE, figure, save, shown
+from vi_simsiam.experiments.cells import arm_label
+from vi_simsiam.experiments.purposes import PURPOSES, shown_purposes
 from vi_simsiam.experiments.results import Arms, Experiment, Run, all_runs, columns, measures
 from vi_simsiam.experiments.statistics import estimate, interval
-from vi_simsiam.experiments.tables import MEASURE_NAMES, arm_label
+from vi_simsiam.experiments.tables import MEASURE_NAMES
 
-STABILITY, ACCURACY = "stability.png", "accuracy.png"
+STABILITY, ACCURACY, PURPOSES_FIGURE = "stability.png", "accuracy.png", "purposes.png"
 _OWN_COLOURS = {"vi-simsiam": BLUE, "simsiam": ORANGE}
 _COLOURS = ("#4c9a6a", "#9161b0", "#c2a01e", "#b8433f", "#3aa0a8", "#7a5c43", "#d46a9f", GRAY)
 _PANELS = {
@@ -26,19 +32,25 @@ _PANELS = {
     "effective_rank": "effective rank",
 }
 _LOG = ("ratio", "grad_norm")
+_COLUMNS = 4
+"""Panels of purposes.png side by side."""
 _WITH_ONE = ("ratio", "z_std")
 """Quantities whose panel marks the value 1."""
 
 
 def draw(out: Path) -> list[Path]:
-    """Draw OUT/stability.png and OUT/accuracy.png of the runs that have a result.
+    """Draw OUT/stability.png, OUT/accuracy.png and OUT/purposes.png of the runs with a result.
 
     Returns:
         The paths of the figures drawn.
     """
     experiment = Experiment.read(out)
     with matplotlib.rc_context(STYLE):
-        drawn = (_stability(experiment, out / STABILITY), _accuracy(experiment, out / ACCURACY))
+        drawn = (
+            _stability(experiment, out / STABILITY),
+            _accuracy(experiment, out / ACCURACY),
+            _purposes(experiment, out / PURPOSES_FIGURE),
+        )
     return [path for path in drawn if path is not None]
 
 
@@ -188,3 +200,44 @@ def _points(axes: Axes, name: str, arms: Arms) -> None:
     if every:  # an interval of two seeds is often much wider than the points, and is cut off
         margin = 0.25 * (max(every) - min(every)) + 0.5
         axes.set_xlim(min(every) - margin, max(every) + margin)
+
+
+def _purposes(experiment: Experiment, path: Path) -> Path | None:
+    """A panel for each data set and purpose: the AUROC of every score, its runs and their mean."""
+    found = {data: rows for data, rows in experiment.purposes().items() if rows}
+    panels = [(data, name) for data, rows in found.items() for name in shown_purposes(rows)]
+    if not panels:
+        return None
+    columns = min(_COLUMNS, len(panels))
+    lines = -(-len(panels) // columns)
+    height = 0.7 + lines * (0.6 + 0.15 * max(map(len, found.values())))
+    title = (
+        f"Experiment {experiment.plan['experiment']}: AUROC by purpose, 0.5 is chance; small: "
+        "runs, large: means; † needs labels"
+    )
+    drawn = figure(title, (8.0, height))
+    grid = drawn.subplots(lines, columns, sharex=True, squeeze=False)
+    for axes, (data, name) in zip(grid.flat, panels, strict=False):
+        rows = found[data]
+        axes.axvline(0.5, color=GRAY, lw=0.8, ls=(0, (3, 2)))
+        for number, row in enumerate(rows):
+            if name in row["auroc"]:
+                _auroc(axes, number, row["runs"][name], row["auroc"][name]["mean"], row)
+        titles = [row["title"] for row in rows] if axes in grid[:, 0] else [""] * len(rows)
+        axes.set_yticks(range(len(rows)), titles)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        several = f"{shown(data)}: " if len(found) > 1 else ""
+        axes.set_title(several + PURPOSES[name], fontsize=7.5)
+        axes.xaxis.set_major_locator(MultipleLocator(0.25))
+    for number in range(len(panels), grid.size):
+        grid.flat[number].remove()
+        grid.flat[number - columns].tick_params(labelbottom=True)
+    return save(drawn, path)
+
+
+def _auroc(axes: Axes, line: int, runs: list[float], mean: float, row: dict[str, Any]) -> None:
+    """The dots of a score: kappa in blue, scores that need labels hollow."""
+    colour = BLUE if row["kappa"] else INK
+    axes.plot(runs, [line] * len(runs), ls="", marker="o", ms=2.5, color=colour, alpha=0.4)
+    fill = "white" if row["labels"] else colour
+    axes.plot(mean, line, marker="D", ms=4, color=colour, mfc=fill)

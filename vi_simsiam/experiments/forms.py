@@ -10,7 +10,7 @@ from vi_simsiam.config import TrainConfig
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.forms import Count, Label, Share, Text
 from vi_simsiam.evaluation.results import unpack_bits
-from vi_simsiam.experiments.plan import MEASURES
+from vi_simsiam.experiments.plan import MEASURES, TUNED
 from vi_simsiam.files import read_json
 
 _PROGRESS = ("knn200", "knn200_epoch", "knn200_seconds")
@@ -22,6 +22,10 @@ _Seconds = Annotated[float, NOT_NEGATIVE]
 _Setting = float | bool | str | None
 
 
+def _tried(settings: dict[str, _Setting]) -> bool:
+    return all(type(settings.get(name)) in (int, float) for name in TUNED)
+
+
 class _Arm(TypedDict):
     name: Label
     note: Text
@@ -31,7 +35,9 @@ class _Arm(TypedDict):
 
 class _Trial(TypedDict):
     name: Label
-    settings: dict[Label, _Setting]
+    method: Label
+    data: Label
+    settings: Annotated[dict[Label, _Setting], Rule(_tried, f"numbers for {' and '.join(TUNED)}")]
 
 
 class _Trials(TypedDict):
@@ -52,10 +58,14 @@ class _Options(TypedDict):
     seeds: Annotated[int, Rule(lambda x: 1 <= x <= 1000, "between 1 and 1000")]
 
 
+_FEW = Rule(lambda x: len(x) <= 100, "at most 100 entries")
 _ARMS = Rule(
     lambda x: len(x) <= 100 and len({arm["name"] for arm in x}) == len(x),
     "at most 100 arms with different names",
 )
+
+
+_SCORE = Rule(lambda x: len(x) == 2, "an arm and a score")
 
 
 class _Plan(TypedDict):
@@ -65,6 +75,7 @@ class _Plan(TypedDict):
     published: dict[Label, dict[Label, Share]]
     options: _Options
     trials: _Trials | None
+    scores: NotRequired[Annotated[list[Annotated[list[Label], _SCORE]], _FEW] | None]
     created: Label
 
 
@@ -89,7 +100,8 @@ def _agree(curve: dict[str, list[Any]]) -> bool:
 
 
 def _named(figures: dict[str, float | str]) -> bool:
-    return all(name.endswith("_name") == isinstance(x, str) for name, x in figures.items())
+    # A data set, whose name is part of its figures', may be called anything else.
+    return all(name.endswith("_baseline_name") == isinstance(x, str) for name, x in figures.items())
 
 
 class RunResult(TypedDict):
@@ -111,6 +123,7 @@ class RunResult(TypedDict):
     versions: dict[Label, Label | None]
     commit: Label | None
     date: Label
+    purposes: NotRequired[Annotated[dict[Label, Annotated[dict[Label, Share], _FEW]], _FEW]]
     steps: NotRequired[Count | None]
     diverged: NotRequired[Text]
 
@@ -128,6 +141,7 @@ class Spec(TypedDict):
     result: _Place
     measures: list[Label]
     uncertainty: bool
+    ood: list[_Place]
     val_images: Annotated[int, at_least(1)] | None
     progress_every: Annotated[int, at_least(1)] | None
 

@@ -6,6 +6,7 @@ runs again. The primary comparison is part of the plan and is written down befor
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any
 
 from vi_simsiam.checks import choice, require
 from vi_simsiam.config import TrainConfig
-from vi_simsiam.data_names import data_label
+from vi_simsiam.data_names import FOREIGN_KINDS, data_label, data_spec, foreign_spec
 from vi_simsiam.errors import InputError
+from vi_simsiam.paths import user_path
 
 MEASURES = ("knn20", "knn200", "logistic", "linear", "linear_top5")
 """Accuracies measured for every run, in the order of every table."""
@@ -25,6 +27,9 @@ TRIAL_SEED = 1000
 """Seed of every trial; none of the arms' seeds."""
 HELD_OUT = 0.2
 """Share of the training images used to measure the trials, not to train them."""
+
+TUNED = ("lr", "weight_decay")
+"""Settings that the trials vary."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,8 @@ class PlanOptions:
     """D: dimension of the representation space."""
     arms: tuple[str, ...] | None = None
     """Only these arms; None for all that are not optional."""
-    trials: int = 8
-    """Trials of every method on a held-out part of the training set (experiment tuned)."""
+    trials: int = 15
+    """Points of the grid of settings that every method tries (experiment tuned); 15 for all."""
     ema: float | None = None
     """Momentum of the target network (byol, vi-byol); None for 0.996, or 0.99 below 100 epochs."""
     backbone: str | None = None
@@ -61,6 +66,8 @@ class PlanOptions:
     """Weights that the backbone begins with, as for `train`."""
     pretrained: bool = False
     """Begin with the ImageNet weights of torchvision or timm."""
+    ood: tuple[str, ...] = ()
+    """Images to measure uncertainty on: near=DATA or far=DATA, by their distance from the own."""
 
     def __post_init__(self) -> None:
         for name in ("seeds", "epochs", "images", "val_images", "trials"):
@@ -68,6 +75,8 @@ class PlanOptions:
             require(name, value, value is None or value >= 1, "at least 1")
         for name in ("data", "arms"):
             require(name, "nothing", getattr(self, name) != (), "at least one")
+        for spec in self.ood:
+            require("ood", spec, foreign_spec(spec)[0] in FOREIGN_KINDS, "near=DATA or far=DATA")
 
 
 @dataclass(frozen=True)
@@ -148,6 +157,8 @@ class Plan:
     """Settings tried on held-out images before the arms' settings are known."""
     measures: tuple[str, ...] = MEASURES
     """Accuracies of every run; if empty, only the training counts and no weights are kept."""
+    scores: tuple[tuple[str, str], ...] = ()
+    """Scores of uncertainty to compare by purpose, each with the arm that has it."""
 
     def tuned(self, accuracy: dict[str, float]) -> dict[str, Arm]:
         """The arms with the settings of their best trial, by its name; `accuracy` is by trial."""
@@ -162,7 +173,9 @@ class Plan:
         """The content of plan.json, without its date."""
         options = {item.name: getattr(self.options, item.name) for item in fields(PlanOptions)}
         options["data"] = [data_label(spec) for spec in self.options.data or ()]
-        options["init"] = self.options.init and self.options.init.name
+        options["init"] = self.options.init and _weights(self.options.init)
+        foreign = map(foreign_spec, self.options.ood)
+        options["ood"] = [f"{kind}={data_label(data_spec(data))}" for kind, data in foreign]
         trials = {
             "seed": TRIAL_SEED,
             "held_out": HELD_OUT,
@@ -176,14 +189,28 @@ class Plan:
             "published": self.published,
             "options": options,
             "trials": trials if self.trials else None,
+            "scores": [list(score) for score in self.scores] or None,
         }
 
 
+def _weights(init: Path) -> str:
+    """The name of a run or a file of weights, and a digest of what it holds."""
+    from vi_simsiam.engine.checkpoint import checkpoints
+
+    place = user_path("init", init)
+    files = [path for path in (place, *checkpoints(place)) if path.is_file()]
+    if not files:
+        return init.name
+    with files[0].open("rb") as file:
+        found = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8))
+    return f"{init.name} ({found.hexdigest()})"
+
+
 def settings(config: TrainConfig) -> dict[str, Any]:
-    """The settings that trials vary."""
+    """The settings of a trial: those that trials vary, and the loss."""
     shape = ("concentration_link", "concentration_gain", "concentration_scale")
     loss = {name: getattr(config.loss, name) for name in (*shape, "cosine_weight", "loss_scale")}
-    return {"lr": config.lr, "weight_decay": config.weight_decay, **loss}
+    return {**{name: getattr(config, name) for name in TUNED}, **loss}
 
 
 def make_plan(
@@ -211,7 +238,7 @@ def make_plan(
         InputError: an unknown arm, an arm without the one that it starts from, or two data sets
             with the same name.
     """
-    data = options.data or data
+    data = tuple(map(data_spec, options.data or data))
     options = replace(options, data=data)
     names = tuple(arm.name for arm in arms)
     for wanted in options.arms or ():

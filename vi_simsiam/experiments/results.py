@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vi_simsiam.config import PLACE_FIELDS, flat
+from vi_simsiam.config import PLACE_FIELDS, TrainConfig, flat
 from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.results import unpack_bits
 from vi_simsiam.experiments.forms import Chosen, read_plan, read_run
-from vi_simsiam.experiments.plan import MEASURES
+from vi_simsiam.experiments.plan import MEASURES, TUNED
+from vi_simsiam.experiments.purposes import compared
 from vi_simsiam.experiments.runner import CHOSEN, PLAN, RESULTS, TRIALS
 from vi_simsiam.experiments.statistics import difference, estimate
 from vi_simsiam.files import read_json
@@ -25,6 +26,7 @@ Run = dict[str, Any]
 """The content of a result file."""
 Arms = dict[str, list[Run]]
 _LEVELS = {"8/10 of all runs' last": 0.8, "9/10 of it": 0.9, "all runs' last": 1.0}
+_NO_INTERVAL = dict.fromkeys(("low", "high", "verdict", "images", "over_seeds"))
 _ENDINGS = ("ratio", "z_std", "effective_rank", "grad_median", "grad_max")
 
 
@@ -74,6 +76,14 @@ class Experiment:
         (data,) = (each["data"] for each in self.plan["arms"] if each["name"] == arm)
         return arm.removesuffix(f"-{data.replace(':', '-')}")
 
+    def purposes(self) -> dict[str, list[dict[str, Any]]]:
+        """The scores that the plan compares, `compared` on each data set; empty without any."""
+        found = {}
+        for data in self.data if self.plan.get("scores") else ():
+            arms = {self.short(arm): runs for arm, runs in self.on(data).items()}
+            found[data] = compared(self.plan["scores"], arms)
+        return found
+
     def reference(self, data: str) -> str | None:
         """The arm that others on this data set are compared with, as in the primary comparison."""
         if (primary := self.plan["primary"]) is None:
@@ -97,7 +107,7 @@ def collect(experiment: Experiment) -> dict[str, Any]:
             "diverged": [len(_diverged(arm)) for arm in (first, second)],
             "difference": _compare(first, second, primary["measure"]),
         }
-    return {
+    content = {
         "experiment": plan["experiment"],
         "created": plan["created"],
         "primary": found,
@@ -112,6 +122,9 @@ def collect(experiment: Experiment) -> dict[str, Any]:
         "commits": _occurring(run["commit"] for run in runs),
         "dates": _range(run["date"][:10] for run in runs),
     }
+    if purposes := experiment.purposes():
+        content["purposes"] = purposes
+    return content
 
 
 def _data_set(experiment: Experiment, data: str) -> dict[str, Any]:
@@ -196,7 +209,34 @@ def _trials(experiment: Experiment) -> dict[str, Any] | None:
         }
         for trial in planned["arms"]
     ]
-    return {**{name: planned[name] for name in ("measure", "seed", "held_out")}, "rows": rows}
+    return {
+        **{name: planned[name] for name in ("measure", "seed", "held_out")},
+        "rows": rows,
+        "choices": [_choice(experiment, arm) for arm in experiment.chosen],
+    }
+
+
+def _choice(experiment: Experiment, name: str) -> dict[str, Any]:
+    """The settings of an arm's best trial, each with the smallest and the largest one tried.
+
+    Raises InputError if chosen.json names an arm or a trial that was not planned.
+    """
+    trials = {trial["name"]: trial for trial in experiment.plan["trials"]["arms"]}
+    trial = experiment.chosen[name]["trial"]
+    if name not in experiment.arms or trial not in trials:
+        raise InputError(
+            f"out: {CHOSEN} is damaged (it has an arm or a trial that was not planned)"
+        )
+    best = trials[trial]
+    own = [each for each in trials.values() if all(each[x] == best[x] for x in ("method", "data"))]
+    tried = {each: [one["settings"][each] for one in own] for each in TUNED}
+    return {
+        "short": experiment.short(name),
+        "settings": {
+            each: {"value": best["settings"][each], "low": min(x), "high": max(x)}
+            for each, x in tried.items()
+        },
+    }
 
 
 def measures(runs: Iterable[Run]) -> list[str]:
@@ -223,12 +263,15 @@ def _uncertainty(runs: list[Run]) -> dict[str, Any]:
 def _compare(first: list[Run], second: list[Run], measure: str) -> dict[str, Any] | None:
     """The `difference` of two arms' accuracies; None if one of them was not measured.
 
-    Without an interval if a run has no bits that show which images it got right. Raises InputError
-    if runs were measured on different numbers of images, or their bits are damaged.
+    Without an interval if the features are the same, or a run has no bits that show which images it
+    got right. Raises InputError if runs were measured on different numbers of images, or their bits
+    are damaged.
     """
     arms = [[run for run in arm if measure in run["accuracy"]] for arm in (first, second)]
     if not all(arms):
         return None
+    if _same_features(first, second):
+        return {**_NO_INTERVAL, "value": 0.0, "seeds": [len(arm) for arm in arms], "same": True}
     if all(measure in run["correct"] for arm in arms for run in arm):
         sizes = _occurring(run["val_images"] for arm in arms for run in arm)
         if len(sizes) > 1:
@@ -241,8 +284,17 @@ def _compare(first: list[Run], second: list[Run], measure: str) -> dict[str, Any
             )
         )
     means = [float(np.mean([run["accuracy"][measure] for run in arm])) for arm in arms]
-    none = dict.fromkeys(("low", "high", "verdict", "images", "over_seeds"))
-    return {"value": means[0] - means[1], **none, "seeds": [len(arm) for arm in arms]}
+    return {
+        **_NO_INTERVAL,
+        "value": means[0] - means[1],
+        "seeds": [len(arm) for arm in arms],
+    }
+
+
+def _same_features(first: list[Run], second: list[Run]) -> bool:
+    """True if distributions were fitted to the runs of the second arm, whose features they have."""
+    fitted = all(TrainConfig.from_dict(run["config"]).fitted for run in first)
+    return fitted and [run["correct"] for run in first] == [run["correct"] for run in second]
 
 
 def columns(run: Run) -> dict[str, NDArray[np.float64]]:

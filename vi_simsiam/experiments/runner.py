@@ -26,9 +26,11 @@ from vi_simsiam.checks import require
 from vi_simsiam.data.cache import cached
 from vi_simsiam.data.decoding import cores
 from vi_simsiam.data.subsets import labelled_splits
+from vi_simsiam.data_names import foreign_spec, located_spec
 from vi_simsiam.engine.processes import INTERRUPTED, Process, last_line, locked, supervise
 from vi_simsiam.engine.run import open_splits, resolve_device
 from vi_simsiam.errors import InputError
+from vi_simsiam.evaluation.foreign import open_sets
 from vi_simsiam.experiments.forms import Chosen, read_plan, read_run
 from vi_simsiam.experiments.plan import (
     PRIMARY_MEASURE,
@@ -108,6 +110,9 @@ class Run(Process):
             "experiment": plan.experiment,
             "measures": [PRIMARY_MEASURE] if trial else list(plan.measures),
             "uncertainty": not trial and bool(plan.measures),
+            "ood": [
+                f"{kind}={located_spec(data)}" for kind, data in map(foreign_spec, plan.options.ood)
+            ],
             "val_images": plan.options.val_images,
             "progress_every": plan.progress_every,
             "arm": self.arm.name,
@@ -264,10 +269,12 @@ def _decode(arms: Sequence[Arm], plan: Plan, place: Place, console: Console) -> 
     for config in {fields(arm.config): arm.config for arm in arms}.values():
         with console.status(cell(f"reading {config.data}"), spinner="line"):
             here = dataclasses.replace(config, data_root=place.data_root, offline=place.offline)
-            splits = open_splits(here.located())
-            if plan.measures:
-                labelled_splits(splits)  # raises before the first run is trained
-            for source in (splits.train, splits.val):
+            here = here.located()
+            splits, foreign = open_splits(here), []
+            if plan.measures:  # raises before the first run is trained
+                labelled_splits(splits)
+                foreign = [each.source for each in open_sets(plan.options.ood, splits, here)]
+            for source in (splits.train, splits.val, *foreign):
                 if source is not None:
                     cached(source, cache_dir=place.cache_dir)
 

@@ -7,6 +7,7 @@ other. Each run is the same as `vi-simsiam train --seed N` alone, in a folder of
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shlex
 import statistics
@@ -20,12 +21,13 @@ from rich.console import Console
 from rich.table import Table
 
 from vi_simsiam.checks import require
+from vi_simsiam.config import differing_fields
 from vi_simsiam.data.decoding import cores
 from vi_simsiam.engine.checkpoint import checkpoints
 from vi_simsiam.engine.log import read_log
 from vi_simsiam.engine.origin import is_own, mark
 from vi_simsiam.engine.processes import INTERRUPTED, Process, last_line, supervise
-from vi_simsiam.engine.run import Resume
+from vi_simsiam.engine.run import Resume, read_config
 from vi_simsiam.engine.verdict import problem
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.results import read_result
@@ -207,7 +209,8 @@ def finished(path: Path) -> list[Path]:
     """The finished runs in a folder of several seeds, in the order of the seeds; else the run.
 
     Raises:
-        InputError: no run has finished, or seeds.json is damaged.
+        InputError: no run has finished, runs differ in more than their seed and the place of their
+            images, or a file is damaged.
     """
     if not (path / SEEDS).is_file():
         return [path]
@@ -215,6 +218,12 @@ def finished(path: Path) -> list[Path]:
     done = [path / f"seed-{run['seed']}" for run in runs if run["exit"] == 0]
     if not done:
         raise InputError(f"run: no run in {path} has finished")
+    configs = {run: read_config(run) for run in done}
+    for run, config in configs.items():
+        same = dataclasses.replace(configs[done[0]], seed=config.seed, data=config.data)
+        if differing := differing_fields(same, config):
+            fields = "; ".join(differing)
+            raise InputError(f"run: {run} differs from {done[0]} in more than its seed: {fields}")
     return done
 
 

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from vi_simsiam.engine.verdict import COLLAPSE_THRESHOLD
+from vi_simsiam.experiments.cells import arm_label, gain, mean_sd, percent, points, setting
+from vi_simsiam.experiments.plan import TUNED
+from vi_simsiam.experiments.purposes import purposes_markdown
 from vi_simsiam.experiments.results import Experiment, collect
 from vi_simsiam.experiments.runner import MARKDOWN
 from vi_simsiam.experiments.statistics import DRAWS, estimate
 from vi_simsiam.files import write_json, write_text
-from vi_simsiam.text import METHODS, counted, each_text, markdown, markdown_grid
+from vi_simsiam.text import counted, each_text, markdown, markdown_grid
 
 MEASURE_NAMES = {
     "knn20": "kNN, k = 20",
@@ -48,6 +51,7 @@ _STABILITY_NOTE = (
     "diverged where its loss stopped being finite."
 )
 _OVER_SEEDS = "mean ± sd over seeds"
+_EDGE = "at the edge of the range"
 
 
 def summarise(out: Path) -> dict[str, Any]:
@@ -69,6 +73,7 @@ def _markdown(summary: dict[str, Any]) -> str:
         "Result": result_sentence(summary),
         "Accuracy": _each_data(summary, _accuracy),
         "Uncertainty": _each_data(summary, _uncertainty, _UNCERTAINTY_NOTE),
+        "Purposes": purposes_markdown(summary.get("purposes", {})),
         "Stability": _each_data(summary, _stability, _STABILITY_NOTE),
         "Time to accuracy": _each_data(summary, _times),
         "Trials": _trials(summary),
@@ -104,9 +109,9 @@ def result_sentence(summary: dict[str, Any]) -> str:
     found = primary["difference"]
     if found is None:
         return f"{planned} Not measured.{left_out}"
-    ours, theirs = (_percent(each["mean"]) for each in primary["means"])
+    ours, theirs = (percent(each["mean"]) for each in primary["means"])
     seeds = " and ".join(dict.fromkeys(counted(n, "seed") for n in found["seeds"]))
-    figures = f"{planned} {arm} {ours} against {against} {theirs}: {_points(found['value'])} points"
+    figures = f"{planned} {arm} {ours} against {against} {theirs}: {points(found['value'])} points"
     if found["low"] is None:
         return f"{figures}, {seeds}; no interval.{left_out}"
     # With one seed only these runs are known to differ: another seed might reverse it.
@@ -120,14 +125,9 @@ def result_sentence(summary: dict[str, Any]) -> str:
     scope = " The interval is over images only: the spread between seeds is not in it."
     if found["over_seeds"]:
         scope = ""
-    interval = f"{_points(found['low'])} to {_points(found['high'])}"
+    interval = f"{points(found['low'])} to {points(found['high'])}"
     images = counted(found["images"], "image")
     return f"{figures}, 95 % interval {interval}, {seeds}, {images}: {verdict}.{scope}{left_out}"
-
-
-def arm_label(arm: str) -> str:
-    """The name of an arm in tables and figures."""
-    return next((title for method, title in METHODS.items() if method == arm), arm)
 
 
 def _accuracy(data: str, found: dict[str, Any]) -> list[str]:
@@ -140,13 +140,13 @@ def _accuracy(data: str, found: dict[str, Any]) -> list[str]:
         if not row["seeds"]:
             continue
         label, count = arm_label(row["short"]), str(len(row["seeds"]) - len(row["diverged"]))
-        rows.append((label, count, *(_mean_sd(row["accuracy"][name], 100) for name in names)))
+        rows.append((label, count, *(mean_sd(row["accuracy"][name], 100) for name in names)))
         if row["published"]:
             figures = (row["published"].get(name) for name in names)
             cells = ("-" if figure is None else f"{100 * figure:.1f}" for figure in figures)
             rows.append((f"{label}, published", "-", *cells))
         if any(row["difference"].values()):
-            cells = (_difference(row["difference"][name]) for name in names)
+            cells = (gain(row["difference"][name]) for name in names)
             differences.append((label, *cells))
     head = (f"%, {_OVER_SEEDS}", "seeds", *heads)
     parts = [f"**{data}**, {_images(found)}", markdown_grid(head, rows)]
@@ -181,7 +181,7 @@ def _uncertainty(data: str, found: dict[str, Any]) -> list[str]:
     rows = []
     for label, row in rows_of.items():
         if row and names:
-            rows.append((label, "κ", *(_mean_sd(row.get(name), 1, 3) for name in names)))
+            rows.append((label, "κ", *(mean_sd(row.get(name), 1, 3) for name in names)))
         best = [_with_name(row, name) for name in names]
         if any(cell != "-" for cell in best):
             rows.append((label, "best trivial", *best))
@@ -191,7 +191,7 @@ def _uncertainty(data: str, found: dict[str, Any]) -> list[str]:
 
 def _with_name(row: dict[str, Any], name: str) -> str:
     """The best trivial score of a figure, with its name in brackets."""
-    value, names = _mean_sd(row.get(f"{name}_baseline"), 1, 3), row.get(f"{name}_baseline_name")
+    value, names = mean_sd(row.get(f"{name}_baseline"), 1, 3), row.get(f"{name}_baseline_name")
     return f"{value} ({', '.join(names)})" if names and value != "-" else value
 
 
@@ -200,7 +200,7 @@ def _stability(data: str, found: dict[str, Any]) -> list[str]:
     for row in found["arms"].values():
         ending = row["stability"]
         if ending["runs"] or row["diverged"]:
-            figures = (_mean_sd(ending[key], 1, None) for key in _STABILITY)
+            figures = (mean_sd(ending[key], 1, None) for key in _STABILITY)
             collapsed = f"{ending['collapsed']} of {ending['runs']}"
             diverged = f"{ending['diverged']} of {len(row['seeds'])}"
             rows.append((arm_label(row["short"]), *figures, collapsed, diverged))
@@ -211,7 +211,7 @@ def _stability(data: str, found: dict[str, Any]) -> list[str]:
 def _times(data: str, found: dict[str, Any]) -> list[str]:
     if (times := found["times"]) is None:
         return []
-    heads = (f"to {_percent(level)}, {name}" for name, level in times["levels"].items())
+    heads = (f"to {percent(level)}, {name}" for name, level in times["levels"].items())
     rows = [
         (arm_label(found["arms"][arm]["short"]), *map(_reached, cells))
         for arm, cells in times["arms"].items()
@@ -220,7 +220,7 @@ def _times(data: str, found: dict[str, Any]) -> list[str]:
     return [
         f"**{data}**, seconds of training, evaluation not counted",
         markdown_grid((_OVER_SEEDS, *heads), rows),
-        f"All runs reached a kNN accuracy (k = 200) of {_percent(times['common'])} in the end, "
+        f"All runs reached a kNN accuracy (k = 200) of {percent(times['common'])} in the end, "
         "measured on a part of the images, looked at every few epochs: a time is that of the first "
         "look at which the accuracy was reached.",
     ]
@@ -232,30 +232,49 @@ def _reached(seconds: Sequence[float | None]) -> str:
     if found is None:
         return "not reached"
     partly = "" if found["n"] == len(seconds) else f" ({found['n']} of {runs})"
-    return _mean_sd(found, 1, None) + partly
+    return mean_sd(found, 1, None) + partly
 
 
 def _trials(summary: dict[str, Any]) -> str:
     found = summary["trials"]
     if found is None:
         return ""
-    names = list(dict.fromkeys(name for row in found["rows"] for name in row["settings"]))
+    every = [row["settings"] for row in found["rows"]]
+    names = [
+        name
+        for name in dict.fromkeys(name for each in every for name in each)
+        if name in TUNED or any(each.get(name) != every[0].get(name) for each in every)
+    ]
     rows = []
     for row in found["rows"]:
         accuracy = "diverged" if row["diverged"] else "-"
         if row["accuracy"] is not None:
             accuracy = f"{100 * row['accuracy']:.1f}"
-        settings = (_value(row["settings"].get(name)) for name in names)
+        settings = (setting(row["settings"].get(name)) for name in names)
         rows.append((row["trial"], *settings, accuracy, ", ".join(row["chosen_by"])))
     head = ("trial", *names, f"{MEASURE_NAMES[found['measure']]}, %", "chosen for")
     grid = markdown_grid(head, rows)
-    if not summary["chosen"]:
-        grid += "\n\nNothing is chosen yet."
+    chosen = "\n".join(map(_choice, found["choices"])) or "Nothing is chosen yet."
+    if _EDGE in chosen:
+        chosen += (
+            "\n\nWhere the best value lies at the edge of its range, the trials do not show that "
+            "the range was wide enough."
+        )
     return (
         f"Every method had as many trials, each trained with seed {found['seed']} on "
         f"{1 - found['held_out']:.0%} of the training images and measured on the other "
-        f"{found['held_out']:.0%}; validation images were not used.\n\n{grid}"
+        f"{found['held_out']:.0%}; validation images were not used.\n\n{grid}\n\n{chosen}"
     )
+
+
+def _choice(found: dict[str, Any]) -> str:
+    """The settings that an arm's trials chose, and the ranges tried, in one line of a list."""
+    parts = []
+    for name, tried in found["settings"].items():
+        value, low, high = (tried[each] for each in ("value", "low", "high"))
+        place = _EDGE if value in (low, high) else "within the range"
+        parts.append(f"`{name}` {value}, {place} {low} to {high}")
+    return f"- {arm_label(found['short'])}: {'; '.join(parts)}"
 
 
 def _settings(data: str, found: dict[str, Any]) -> list[str]:
@@ -272,11 +291,11 @@ def _settings(data: str, found: dict[str, Any]) -> list[str]:
     parts = [f"**{data}**, {_images(found)}", "\n".join(notes)]
     if found["differing"]:
         rows = [
-            (marked[name], *(_value(values.get(arm)) for arm in shown))
+            (marked[name], *(setting(values.get(arm)) for arm in shown))
             for name, values in found["differing"].items()
         ]
         parts.append(markdown_grid(("setting", *labels.values()), rows))
-    common = (f"{marked[name]} {_value(value)}" for name, value in found["common"].items())
+    common = (f"{marked[name]} {setting(value)}" for name, value in found["common"].items())
     parts.append(f"All arms: {', '.join(common)}.")
     if inferred:
         others = ", ".join(sorted(inferred - marked.keys()))
@@ -330,44 +349,3 @@ def _runs(summary: dict[str, Any]) -> str:
 
 def _listed(values: Iterable[Any]) -> str:
     return ", ".join(map(str, values))
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def _points(share: float) -> str:
-    """A difference in percentage points with its sign; a difference that rounds to 0 has none."""
-    text = f"{100 * share:+.1f}"
-    return "0.0" if float(text) == 0 else text.replace("-", "−")
-
-
-def _difference(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return "-"
-    value = _points(found["value"])
-    if found["low"] is None:
-        return value
-    return f"{value} ({_points(found['low'])} to {_points(found['high'])})"
-
-
-def _mean_sd(found: dict[str, Any] | None, factor: float, digits: int | None = 1) -> str:
-    """Mean and standard deviation, "41.2 ± 0.4"; the mean alone for one seed, "-" for none.
-
-    `digits` None stands for three significant digits.
-    """
-    if found is None:
-        return "-"
-
-    def shown(value: float) -> str:
-        if digits is not None:
-            return f"{factor * value:.{digits}f}"
-        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-    return shown(found["mean"]) + ("" if found["sd"] is None else f" ± {shown(found['sd'])}")
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, list):
-        return " ".join(map(_value, value))
-    return "-" if value is None else str(value)

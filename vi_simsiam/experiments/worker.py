@@ -48,6 +48,7 @@ from vi_simsiam.evaluation.scores import TRIVIAL
 from vi_simsiam.evaluation.uncertainty import evaluate_uncertainty
 from vi_simsiam.experiments.forms import Spec, Trained
 from vi_simsiam.experiments.progress import COLUMNS, Progress, read_progress
+from vi_simsiam.experiments.purposes import purposes
 from vi_simsiam.experiments.runner import TRAINED
 from vi_simsiam.files import read_json, write_json
 from vi_simsiam.fitting import fit_concentration
@@ -186,6 +187,7 @@ def measure_run(
         "correct": {},
         "val_images": None,
         "uncertainty": {},
+        "purposes": {},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu,
         "versions": versions(_PACKAGES),
         "commit": _commit(),
@@ -201,7 +203,8 @@ def measure_run(
         run = dataclasses.replace(run, splits=splits)
     content |= _accuracies(run, spec["measures"])
     if spec["uncertainty"] and config.method == "vi-simsiam":
-        content["uncertainty"] = flat_uncertainty(evaluate_uncertainty(run, report=_report))
+        found = evaluate_uncertainty(run, ood=spec["ood"], report=_report)
+        content |= {"uncertainty": flat_uncertainty(found), "purposes": purposes(found)}
     return content
 
 
