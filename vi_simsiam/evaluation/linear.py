@@ -22,6 +22,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,7 +111,7 @@ def evaluate_linear(features: FeatureSets, config: LinearConfig | None = None) -
         probe = LinearProbe.fit(train[kept].to(device), known, classes, config, views)
         fitted = probe(train.to(device)).cpu()
         found[encoder] = {
-            **validated(lambda x, probe=probe: probe(x.to(device)).cpu(), features, encoder),
+            **validated(partial(_logits, probe, device), features, encoder),
             "train_top1": accuracy(fitted[kept], labels[kept], 1),
         }
         if len(held_out):
@@ -206,6 +207,10 @@ class LinearProbe:
         """Logits (N, classes) of features (N, F)."""
         logits: Tensor = self.layer((features - self.shift) * self.scale)
         return logits
+
+
+def _logits(probe: LinearProbe, device: torch.device, features: Tensor) -> Tensor:
+    return probe(features.to(device)).cpu()
 
 
 def hold_out(count: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
