@@ -158,7 +158,6 @@ RECORDS = {
             every=1,
             changes=(
                 Change("crops of half or more", {"augment.crop_scale": (0.5, 1.0)}),
-                Change("batch 128, weight decay 5e-4", {"batch_size": 128, "weight_decay": 5e-4}),
                 Change(
                     "medium stem, 3 epochs",
                     {"model.stem": "medium", "epochs": 3, "warmup_epochs": 0.375},

@@ -244,8 +244,7 @@ PRESETS: dict[str, TrainConfig] = {
     "default": TrainConfig(),
     # For a few minutes on two CPU cores; how it was chosen: docs/record.md.
     "demo": TrainConfig(
-        data="fashion-mini", epochs=3, batch_size=128, lr=0.06, weight_decay=5e-4,
-        warmup_epochs=0.375,
+        data="fashion-mini", epochs=3, batch_size=64, lr=0.06, warmup_epochs=0.375,
         augment=AugmentConfig(size=28, local_size=12, crop_scale=(0.5, 1.0), blur_prob=0.0),
         model=ModelConfig(stem="medium", dim=512),
     ),

@@ -11,7 +11,7 @@ from vi_simsiam.data.sources import ImageSource
 
 FITTED = (
     "size", "local_size", "crop_scale", "blur_prob", "stem", "dim", "epochs", "batch_size", "lr",
-    "weight_decay", "warmup_epochs",
+    "warmup_epochs",
 )  # fmt: skip
 """The settings that `suited` chooses."""
 
@@ -85,7 +85,6 @@ def suited(
         epochs=epochs,
         batch_size=max(2, min(start.batch_size, len(source)) // shares * shares),
         lr=start.lr,
-        weight_decay=start.weight_decay,
         warmup_epochs=epochs / (8 if tiny else 20),
         augment=sized(augment, size),
         model=dataclasses.replace(

@@ -45,7 +45,7 @@ ENCODERS = ("trained", "untrained", "pixels")
 """In the order of every result, after "trained" `STARTING` where the run has it."""
 STARTING = "starting"
 """The backbone with the weights that the run began with, if they were given."""
-CALIBRATION_IMAGES = 10_000
+CALIBRATION_IMAGES = 2_000
 """Most training images for the BatchNorm statistics of an untrained backbone."""
 PIXELS_SIZE = 32
 """Largest side of the images behind the pixel features."""
