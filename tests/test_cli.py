@@ -89,7 +89,7 @@ def test_train_evaluate_and_resume(
     for command in ("knn run --k 5", "logistic run"):
         code, out, _ = run(f"{command} --device cpu --workers 0", capsys)
         assert code == 0
-        assert re.match(r"(kNN|logistic) top-1: ", out.splitlines()[-1])
+        assert re.search(r"^(kNN|logistic) top-1: .*\n\1 top-1 of moved images: .*\n\Z", out, re.M)
 
 
 def test_training_without_labels(

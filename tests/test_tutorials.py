@@ -55,7 +55,7 @@ def walk(page: str, smaller: Texts, capsys: pytest.CaptureFixture[str], *, end: 
 @pytest.mark.usefixtures("short_probes")
 def test_a_first_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     smaller = {
-        "--images 4000 --epochs 4 --held-out 0.2": "--images 32 --epochs 1 --held-out 0.004",
+        "--images 4000 --epochs 3 --held-out 0.2": "--images 32 --epochs 1 --held-out 0.004",
         "--images 400 --corruption-images 50": "--images 12 --corruption-images 1",
         "len(source), 20)": "len(source), 250)",
     }
@@ -104,7 +104,7 @@ def test_a_finished_encoder(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     save_images(folder / "pictures", 12)
     names, _ = walk("finished-encoder", smaller, capsys)
     assert names["fitted"].calibration["error"] < 0.2
-    assert names["fitted"].encoder.encode(names["pictures"]).uncertainty.shape == (200,)
+    assert names["fitted"].encoder.encode(names["pictures"]).uncertainty.shape == (800,)
     for name in ("by-kappa.png", "by-distance.csv", "cleaning/index.html"):
         assert (folder / name).is_file(), name
     assert "calibration" in (folder / "runs" / "unsure" / "uncertainty.json").read_text()

@@ -100,7 +100,7 @@ def test_a_state_is_named_with_its_step_and_figure(
 @pytest.mark.parametrize(
     ("config", "line", "there", "absent"),
     [
-        (preset("demo"), {"cosine": 0.0}, "--crop-scale 0.5 1", "--lr"),
+        (TrainConfig(), {"cosine": 0.0}, "--crop-scale 0.5 1", "--lr"),
         (LARGER_CROPS, {"cosine": 0.0}, "try more --epochs than 100", "--crop-scale"),
         (TrainConfig(), DEAD, "try a smaller --lr than 0.0125, --clip-norm 1", "--conc"),
         (TrainConfig(clip_norm=1.0), DEAD, "or another --seed", "--clip-norm"),

@@ -286,15 +286,17 @@ def scaled(config: TrainConfig, options: PlanOptions) -> TrainConfig:
 
     A warm-up shrinks with the epochs.
     """
-    augment, model = config.augment, replace(config.model, pretrained=options.pretrained)
+    augment, model = config.augment, config.model
     if options.size is not None:
         # Multiples of 8, as all of SwAV's sizes are.
         local = max(8, round(augment.local_size * options.size / augment.size / 8) * 8)
         augment = replace(augment, size=options.size, local_size=local)
     if options.dim is not None:
         model = replace(model, dim=options.dim)
-    if options.backbone is not None:
-        model = replace(model, backbone=options.backbone)
+    backbone = options.backbone or model.backbone
+    own_stem = options.pretrained or ":" in backbone
+    stem = "imagenet" if own_stem else model.stem
+    model = replace(model, backbone=backbone, stem=stem, pretrained=options.pretrained)
     epochs = options.epochs or config.epochs
     return replace(
         config,
