@@ -23,6 +23,7 @@ from vi_simsiam.config import POLICIES, PRESETS, AugmentConfig, TrainConfig
 from vi_simsiam.data import contact_sheet
 from vi_simsiam.data.datasets import open_dataset
 from vi_simsiam.data.defaults import suited
+from vi_simsiam.engine import kernels
 from vi_simsiam.engine.run import read_config
 from vi_simsiam.engine.train import Trainer
 
@@ -211,6 +212,9 @@ def test_commands_without_arguments(
     if command[0] == "bench":
         module = importlib.import_module(f"vi_simsiam.benchmarks.{BENCHMARKS[command[1]][0]}")
         monkeypatch.setattr(module, "run", began.append)
+    # Steps of the whole size are not timed to choose between kernels.
+    effort = kernels._EFFORT["cpu"]._replace(fewest_steps=10**9)
+    monkeypatch.setitem(kernels._EFFORT, "cpu", effort)
     code, out, err = run(command, capsys)
     assert (code, err) == (0, "")
     if command == ["train"]:
