@@ -159,7 +159,7 @@ RECORDS = {
             changes=(
                 Change("crops of half or more", {"augment.crop_scale": (0.5, 1.0)}),
                 Change(
-                    "medium stem, 3 epochs",
+                    "medium stem and 3 epochs",
                     {"model.stem": "medium", "epochs": 3, "warmup_epochs": 0.375},
                 ),
             ),
