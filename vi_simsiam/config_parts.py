@@ -212,7 +212,7 @@ class ModelConfig:
     """A torchvision ResNet by name, timm:NAME, or module:PACKAGE.ATTRIBUTE: a callable that returns
     a module."""
     stem: Stem = "imagenet"
-    """First layers: "imagenet" (7x7 stride 2, max-pool), or for images of 28 to 64 pixels "medium"
+    """First layers: "imagenet" (7x7 stride 2, max-pool), or for images of up to 64 pixels "medium"
     (3x3 stride 2) or "small" (3x3 stride 1); other backbones than torchvision's keep their own."""
     pretrained: bool = False
     """Start from the ImageNet weights of torchvision or timm."""

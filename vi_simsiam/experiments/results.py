@@ -294,7 +294,8 @@ def _compare(first: list[Run], second: list[Run], measure: str) -> dict[str, Any
 def _same_features(first: list[Run], second: list[Run]) -> bool:
     """True if distributions were fitted to the runs of the second arm, whose features they have."""
     fitted = all(TrainConfig.from_dict(run["config"]).fitted for run in first)
-    return fitted and [run["correct"] for run in first] == [run["correct"] for run in second]
+    right = [[run["correct"] for run in runs] for runs in (first, second)]
+    return fitted and all(right[0]) and right[0] == right[1]
 
 
 def columns(run: Run) -> dict[str, NDArray[np.float64]]:
