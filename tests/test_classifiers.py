@@ -235,7 +235,31 @@ def test_of_fewer_images_than_neighbours_all_vote(tmp_path: Path) -> None:
     assert evaluate_knn(sets, KnnConfig(k=61)) == whole
     assert whole["settings"]["k"] == 60
     lines = summary_lines({"kNN": whole, "fewer": evaluate_knn(sets, KnnConfig(k=59))})
-    assert [line.endswith(" with k = 60, all training images") for line in lines] == [True, False]
+    with_k = [line.endswith(" with k = 60, all training images") for line in lines]
+    assert with_k == [True, False, False, False], "few labels have the nearest image's class"
+
+
+def test_accuracy_from_few_labels_is_the_mean_over_draws_of_some_of_each_class(
+    tmp_path: Path,
+) -> None:
+    """One of a class's 20 images equals its validation image, the others are near the next one."""
+    sides = torch.eye(3)
+    train = torch.cat([(sides.roll(1, 0) + 0.3 * sides).repeat(19, 1), sides])
+    labels = torch.arange(3).repeat(20)
+    sets = replace(
+        feature_sets(tmp_path),
+        classes=("a", "b", "c"),
+        train={"trained": train},
+        train_labels=labels,
+        val={"trained": sides},
+        val_labels=torch.arange(3),
+    )
+    found = evaluate_knn(sets)
+    assert found["top1"]["trained"] == 0.0
+    # The equal image is one of the ten of twenty in half of all draws: 30 trials of 1/2 (5 sd).
+    assert 0.05 < found["few_labels_top1"]["trained"] < 0.95
+    few = replace(sets, train={"trained": train[-3:]}, train_labels=labels[-3:])
+    assert evaluate_knn(few)["few_labels_top1"]["trained"] == 1.0
 
 
 def test_settings_of_neighbours_are_checked() -> None:

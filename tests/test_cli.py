@@ -72,7 +72,8 @@ def test_train_evaluate_and_resume(
     lines = [line.split(": ")[0] for line in out.splitlines()]
     classifiers = ["kNN top-1", "linear top-1"]
     moved = [f"{name} of moved images" for name in classifiers]
-    assert lines[1:] == classifiers + moved, "after the verdict"
+    few = ["kNN top-1 from 10 labels a class"]
+    assert lines[1:] == classifiers + few + moved, "after the verdict"
     run_folder = tmp_path / "run"
     for name in ("knn", "linear"):
         top1 = json.loads((run_folder / f"{name}.json").read_text())["top1"]
@@ -86,10 +87,11 @@ def test_train_evaluate_and_resume(
     code, out, _ = run("train --out run --resume", capsys)
     assert code == 0
     assert "already at its last step" in out
-    for command in ("knn run --k 5", "logistic run"):
+    for command, added in (("knn run --k 5", few), ("logistic run", [])):
         code, out, _ = run(f"{command} --device cpu --workers 0", capsys)
         assert code == 0
-        assert re.search(r"^(kNN|logistic) top-1: .*\n\1 top-1 of moved images: .*\n\Z", out, re.M)
+        (title, *others) = re.findall(r"^\w+ top-1[^:\n]*(?=: )", out, re.M)
+        assert others == [*added, f"{title} of moved images"]
 
 
 def test_training_without_labels(

@@ -316,13 +316,16 @@ def test_evaluating_a_run_writes_everything_and_ends_with_the_summary(tmp_path: 
     evaluate_run(run, World(CPU), Console(file=out))
     results = [json.loads((run.path / f"{name}.json").read_text()) for name in ("knn", "linear")]
     lines = out.getvalue().splitlines()
-    assert lines[-4:] == summary_lines(dict(zip(("kNN", "linear"), results, strict=True)))
+    assert lines[-5:] == summary_lines(dict(zip(("kNN", "linear"), results, strict=True)))
     result = {"top1": {"trained": 0.71249, "untrained": 0.55, "pixels": 0.75}}
     line = "kNN top-1: 71.2 % (untrained 55.0 %, pixels 75.0 %)"
     assert summary_lines({"kNN": result}) == [line]
     moved = line.replace(":", " of moved images:")
     result["moved_top1"] = result["top1"]
     assert summary_lines({"kNN": result}) == [line, moved]
+    few = line.replace(":", " from 10 labels a class:")
+    result["few_labels_top1"] = result["top1"]
+    assert summary_lines({"kNN": result}) == [line, few, moved]
     assert lines[:3] == [f"figure {run.path / name}.png" for name in ("curves", "density", "kappa")]
     assert results[0]["settings"]["k"] == 20
 

@@ -38,6 +38,7 @@ class Accuracies(TypedDict):
     top5: NotRequired[Annotated[dict[Label, Share], _FEW] | None]
     held_out_top1: NotRequired[Annotated[dict[Label, Share], _FEW] | None]
     moved_top1: NotRequired[Annotated[dict[Label, Share], _FEW] | None]
+    few_labels_top1: NotRequired[Annotated[dict[Label, Share], _FEW] | None]
     train_images: NotRequired[Count]
     val_images: NotRequired[Count]
     settings: NotRequired[Settings | None]

@@ -24,9 +24,21 @@ from vi_simsiam.text import counted
 
 ACCURACIES = {"knn": "kNN", "linear": "linear", "logistic": "logistic"}
 """Result files with accuracies, each named like the command that writes it, and their titles."""
+FEW_LABELS = 10
+"""Labelled images of each class for the accuracy from few labels."""
 _MEASURES = {
-    "top1": "top-1", "top5": "top-5", "held_out_top1": "held-out top-1", "moved_top1": "moved",
-}  # fmt: skip
+    "top1": "top-1",
+    "top5": "top-5",
+    "held_out_top1": "held-out top-1",
+    "moved_top1": "moved",
+    "few_labels_top1": f"{FEW_LABELS} labels a class",
+}
+_LINES = {
+    "top1": "",
+    "few_labels_top1": f" from {FEW_LABELS} labels a class",
+    "moved_top1": " of moved images",
+}
+"""The accuracies with a line of their own, and what is added to its title."""
 
 
 def read_result(
@@ -95,24 +107,24 @@ def summary_table(results: dict[str, dict[str, Any]]) -> Table:
 def summary_lines(results: Mapping[str, dict[str, Any]]) -> list[str]:
     """Lines for results by title, such as "kNN top-1: 71.2 % (untrained 55.0 %, pixels 75.0 %)".
 
-    One for each accuracy of the validation images, then one for each of the moved ones. A line ends
-    with k if all training images vote.
+    One for each accuracy of the validation images, then those from few labels and those of moved
+    images. A line ends with k if all training images vote.
     """
     return [
-        _line(f"{title} top-1{images}", result, shares)
-        for key, images in (("top1", ""), ("moved_top1", " of moved images"))
+        _line(f"{title} top-1{added}", result, key)
+        for key, added in _LINES.items()
         for title, result in results.items()
-        if (shares := result.get(key))
+        if result.get(key)
     ]
 
 
-def _line(title: str, result: dict[str, Any], shares: dict[str, float]) -> str:
-    top1 = {encoder: f"{100 * share:.1f} %" for encoder, share in shares.items()}
+def _line(title: str, result: dict[str, Any], key: str) -> str:
+    top1 = {encoder: f"{100 * share:.1f} %" for encoder, share in result[key].items()}
     trained = top1.pop("trained")
     others = ", ".join(f"{encoder} {share}" for encoder, share in top1.items())
     line = f"{title}: {trained} ({others})"
     k = result.get("settings", {}).get("k")
-    everyone = k is not None and k >= result["train_images"]
+    everyone = key != "few_labels_top1" and k is not None and k >= result["train_images"]
     return f"{line} with k = {k}, all training images" if everyone else line
 
 
