@@ -27,12 +27,8 @@ ACCURACIES = {"knn": "kNN", "linear": "linear", "logistic": "logistic"}
 FEW_LABELS = 10
 """Labelled images of each class for the accuracy from few labels."""
 _MEASURES = {
-    "top1": "top-1",
-    "top5": "top-5",
-    "held_out_top1": "held-out top-1",
-    "moved_top1": "moved",
-    "few_labels_top1": f"{FEW_LABELS} labels a class",
-}
+    "top1": "top-1", "top5": "top-5", "held_out_top1": "held-out top-1", "moved_top1": "moved",
+}  # fmt: skip
 _LINES = {
     "top1": "",
     "few_labels_top1": f" from {FEW_LABELS} labels a class",
