@@ -26,6 +26,8 @@ BINS, POINTS = 15, 50
 def auroc(scores: Scores, positive: Flags) -> float | None:
     """Probability that a positive image has a higher score than a negative one, ties counting half.
 
+    The Mann-Whitney statistic as a share of all pairs.
+
     Args:
         scores: (N,).
         positive: (N,) bool: errors, or images of another data set.
@@ -33,9 +35,9 @@ def auroc(scores: Scores, positive: Flags) -> float | None:
     Returns:
         A number in [0, 1], or None if there are only positives or only negatives.
     """
-    from sklearn.metrics import roc_auc_score
-
-    return float(roc_auc_score(positive, scores)) if _both_kinds(positive) else None
+    if not _both_kinds(positive):
+        return None
+    return float(_higher(scores[positive], scores[~positive]))
 
 
 def aupr(scores: Scores, positive: Flags) -> float | None:
@@ -147,7 +149,7 @@ def level_trend(scores: Scores) -> dict[str, Any]:
     return {
         "spearman": None if constant else float(spearmanr(levels, scores.ravel()).statistic),
         "monotone": float(np.mean(np.diff(scores, axis=0) > 0)),
-        "aurocs": [detection_figures(scores[0], level)["auroc"] for level in scores[1:]],
+        "aurocs": _higher(scores[1:], np.broadcast_to(scores[0], scores[1:].shape)).tolist(),
     }
 
 
@@ -208,6 +210,15 @@ def _expected_errors(scores: Scores, wrong: Flags) -> Scores:
     _, group, sizes = np.unique(scores[order], return_inverse=True, return_counts=True)
     shares = np.bincount(group, weights=wrong[order], minlength=len(sizes)) / sizes
     return np.cumsum(shares[group])
+
+
+def _higher(first: Scores, second: Scores) -> Any:
+    """Share of pairs along the last axis with the higher score in `first`, ties counting half."""
+    from scipy.stats import mannwhitneyu
+
+    # The statistic is exact; "asymptotic" is about the p-value, which costs less then.
+    found = mannwhitneyu(first, second, axis=-1, method="asymptotic")
+    return found.statistic / (first.shape[-1] * second.shape[-1])
 
 
 def _both_kinds(positive: Flags) -> bool:
