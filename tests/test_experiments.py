@@ -147,6 +147,8 @@ def test_a_folder_that_cannot_be_used_is_named(out: Path, command: list[str]) ->
     for name in (".lock", ".plan.json.0123456789abcdef"):  # left by a killed command
         (out / name).write_text("")
     assert run(ONE, out, command)[0] == 0
+    more = dataclasses.replace(ONE.options, trials=8)
+    assert run(dataclasses.replace(ONE, options=more), out, command)[0] == 0, "there are no trials"
     longer = dataclasses.replace(ONE.options, epochs=3)
     refused("^epochs: 3 is not what .* with, None; use that, or another --out", options=longer)
     elsewhere = dataclasses.replace(ONE.options, data=("cifar10", "x"))

@@ -286,12 +286,15 @@ def _check(plan: Plan, out: Path) -> None:
     saved, described = read_plan(out / PLAN), json.loads(json.dumps(plan.described()))
     defaults = {item.name: item.default for item in dataclasses.fields(PlanOptions)}
     before = {"experiment": saved["experiment"], **defaults, **saved["options"]}
+    if not plan.trials:
+        before["trials"] = plan.options.trials  # their number decides nothing
     for name, value in {"experiment": plan.experiment, **described["options"]}.items():
         if before.get(name) != value:
             raise InputError(
                 f"{name}: {_shown(value)} is not what {out} was started with, "
                 f"{_shown(before.get(name))}; use that, or another --out"
             )
+    del described["options"]  # compared above, where a version without an option had its default
     changed = ", ".join(name for name, value in described.items() if saved.get(name) != value)
     if changed:
         raise InputError(
