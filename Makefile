@@ -8,7 +8,8 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(if 
 # Use an environment that already has the dependencies: make gpu ENV=/path/to/venv INSTALLED=1
 ENV ?= .venv
 BIN := $(ENV)/bin
-PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+# Three on two cores: tests also wait, for processes that they start.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist worksteal
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 
 # Instruction sets of other processors, for torch, oneDNN, MKL, OpenBLAS, NumPy and the extension.
