@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vi_simsiam.config import AugmentConfig, ModelConfig, TrainConfig, flat
+from vi_simsiam.config import PRESETS, TrainConfig, flat
 from vi_simsiam.errors import InputError, none_of
 from vi_simsiam.experiments.catalogue import plan
 from vi_simsiam.experiments.plan import PlanOptions
@@ -96,13 +96,13 @@ class Record:
 _VI = Change("VI-SimSiam", {"method": "vi-simsiam"})
 (_SIMSIAM,) = plan("lightly-imagenette", PlanOptions(arms=("simsiam",))).arms
 _LIGHTLY = _SIMSIAM.config
-_SMALL = TrainConfig(
-    data="fashion-mini",
+_DEMO = PRESETS["demo"]
+_SMALL = replace(
+    _DEMO,
     epochs=4,
-    lr=0.06,
     warmup_epochs=0.5,
-    augment=AugmentConfig(size=28, crop_scale=(0.3, 1.0), blur_prob=0.0),
-    model=ModelConfig(dim=512),
+    augment=replace(_DEMO.augment, crop_scale=(0.3, 1.0)),
+    model=replace(_DEMO.model, stem="imagenet"),
 )
 
 RECORDS = {
@@ -154,13 +154,17 @@ RECORDS = {
         Record(
             "fashion-mini",
             base=_SMALL,
-            threshold=0.7,
+            threshold=0.65,
             every=1,
             changes=(
                 Change("crops of half or more", {"augment.crop_scale": (0.5, 1.0)}),
+                Change("half the learning rate", {"lr": 0.03, "weight_decay": 1e-3}),
                 Change(
-                    "medium stem and 3 epochs",
-                    {"model.stem": "medium", "epochs": 3, "warmup_epochs": 0.375},
+                    "preset demo: medium stem and 3 epochs",
+                    {
+                        **{"model.stem": "medium", "epochs": 3, "warmup_epochs": 0.375},
+                        **{"lr": 0.06, "weight_decay": 1e-4},
+                    },
                 ),
             ),
         ),
@@ -170,12 +174,17 @@ RECORDS = {
                 _SMALL,
                 data="cifar10",
                 images=10_000,
-                epochs=10,
                 augment=replace(_SMALL.augment, size=32, crop_scale=(0.2, 1.0)),
             ),
-            threshold=0.4,
-            every=2,
-            changes=(Change("medium stem", {"model.stem": "medium"}),),
+            threshold=0.3,
+            every=1,
+            changes=(
+                Change("crops of half or more", {"augment.crop_scale": (0.5, 1.0)}),
+                Change(
+                    "medium stem and 2 epochs",
+                    {"model.stem": "medium", "epochs": 2, "warmup_epochs": 0.25},
+                ),
+            ),
             val_images=2_000,
         ),
     )

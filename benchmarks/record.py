@@ -42,6 +42,8 @@ _CACHES = (
     "CUDA_CACHE_PATH", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "VI_SIMSIAM_CACHE",
     "XDG_CACHE_HOME",
 )  # fmt: skip
+_SEEDS = 5
+"""Runs that a row and the row above must have for a gain."""
 _ORIGIN = ("data", "commit", "device", "processor", "driver", "versions")
 """Parts of a case in which the row above must agree with it for a gain."""
 _SAME = ("record", "title", "recipe", *_ORIGIN)
@@ -57,7 +59,7 @@ class Options:
     all."""
     change: tuple[str, ...] = ()
     """Only these rows, by title or number; 0 is the base. None for all."""
-    seeds: int = 5
+    seeds: int = _SEEDS
     """Runs of every row, one after the other."""
     first_seed: int = 0
     """Seed of the first run."""
@@ -295,7 +297,9 @@ def _range(low: str, middle: str, high: str) -> str:
 
 def _gain(record: Record, above: Case | None, case: Case | None) -> str:
     """Median of the row above over that of a row, where they can be compared."""
-    if above is None or case is None or any(above.get(name) != case.get(name) for name in _ORIGIN):
+    if above is None or case is None or min(len(above["runs"]), len(case["runs"])) < _SEEDS:
+        return "-"
+    if any(above.get(name) != case.get(name) for name in _ORIGIN):
         return "-"
     before, after = (statistics.median(_times(record, each)) for each in (above, case))
     return f"{before / after:.2f}" if before < math.inf and 0 < after < math.inf else "-"
