@@ -204,7 +204,6 @@ class _RecordRun(TypedDict):
 class _RecordCase(_Head):
     record: Label
     title: Label
-    settings: dict[Label, Any]
     recipe: dict[Label, Any]
     data: Label
     commit: Label | None

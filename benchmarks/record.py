@@ -33,7 +33,16 @@ from vi_simsiam.files import write_json
 from vi_simsiam.text import cell, counted, markdown, markdown_grid, print_line
 
 from .recipes import RECORDS, Record
-from .results import NOT_MEASURED, Case, provenance, read_result, result_path, write_result
+from .results import (
+    NOT_MEASURED,
+    TOO_NOISY,
+    UNCOMMITTED,
+    Case,
+    provenance,
+    read_result,
+    result_path,
+    write_result,
+)
 from .tables import NOTHING, terminal_table, where
 
 NAME = "record"
@@ -139,6 +148,11 @@ def run(options: Options) -> dict[str, Any]:
             if done.exit != 0:
                 waiting.clear()
                 return
+            if (commit := provenance(device)["commit"]) != origin["commit"]:
+                raise TrainingError(
+                    f"{done.name}: the code changed from {origin['commit']} to {commit} while it "
+                    "ran; commit first, or measure in another worktree"
+                )
             found = {"seed": done.config.seed, "progress": read_progress(done.run)}
             shutil.rmtree(done.folder)
             cases[done.row]["runs"].append(found)
@@ -194,11 +208,12 @@ def _case(
     case = {
         "record": record.name,
         "title": record.rows[row].title,
-        "settings": record.settings(row),
         "recipe": record.recipe(row),
         "data": data_label(config.data),
         **origin,
     }
+    if str(origin["commit"]).endswith(UNCOMMITTED):
+        before = ()  # of other changes, perhaps
     same = (old for old in before if all(old.get(name) == case[name] for name in _SAME))
     return case | {"runs": list(next(same, {"runs": []})["runs"])}
 
@@ -296,13 +311,16 @@ def _range(low: str, middle: str, high: str) -> str:
 
 
 def _gain(record: Record, above: Case | None, case: Case | None) -> str:
-    """Median of the row above over that of a row, where they can be compared."""
+    """Median of the row above over that of a row, where they can be compared and differ."""
     if above is None or case is None or min(len(above["runs"]), len(case["runs"])) < _SEEDS:
         return "-"
     if any(above.get(name) != case.get(name) for name in _ORIGIN):
         return "-"
-    before, after = (statistics.median(_times(record, each)) for each in (above, case))
-    return f"{before / after:.2f}" if before < math.inf and 0 < after < math.inf else "-"
+    before, after = (quartiles(_times(record, each)) for each in (above, case))
+    if not (before[1] < math.inf and 0 < after[1] < math.inf):
+        return "-"
+    apart = before[0] > after[2] or before[2] < after[0]
+    return f"{before[1] / after[1]:.2f}" if apart else TOO_NOISY
 
 
 def _times(record: Record, case: Case) -> list[float]:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 
 from rich.console import Console
 
 from vi_simsiam.config import TrainConfig
-from vi_simsiam.data.subsets import at_most
+from vi_simsiam.data.subsets import at_most, labelled_splits
 from vi_simsiam.engine.processes import INTERRUPTED
 from vi_simsiam.engine.run import open_splits
 from vi_simsiam.engine.train import Trainer
@@ -47,12 +46,11 @@ def main(path: Path) -> int:
         spec = read_json(path, Spec, "spec")
         config = TrainConfig.from_dict(spec["config"])
         splits = open_splits(config)
-        if splits.val is not None:
-            splits = replace(splits, val=at_most(splits.val, spec["val_images"]))
+        val = at_most(labelled_splits(splits)["val"], spec["val_images"])
         console = Console(soft_wrap=True)
         trainer = Trainer(config, spec["folder"], console=console, splits=splits)
         measure = Progress(
-            trainer, spec["every"], val=splits.val, clock=lambda: time.monotonic() - spec["started"]
+            trainer, spec["every"], val=val, clock=lambda: time.monotonic() - spec["started"]
         )
         trainer.fit(epoch_done=measure)
         return 0

@@ -43,6 +43,8 @@ class _Named(TypedDict):
 
 
 NOT_MEASURED = "not measured"
+UNCOMMITTED = "+changes"
+"""End of the commit of a result whose source tree had changes."""
 TOO_NOISY = "too noisy to tell"
 _NOISY = 0.2
 LEGEND = (
@@ -61,7 +63,7 @@ def provenance(device: torch.device, packages: Iterable[str] = ()) -> dict[str, 
         driver = (_output(*query) or "").partition("\n")[0] or None
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": f"{commit}+changes" if changed else commit,
+        "commit": f"{commit}{UNCOMMITTED}" if changed else commit,
         "device": describe_device(device),
         "processor": _processor(),
         "driver": driver,

@@ -43,6 +43,8 @@ STAND_IN = """
     caches = {name: value for name, value in os.environ.items() if "CACHE" in name}
     with open(os.environ["SEEN"], "a") as file:
         line = {"seed": config["seed"], "lr": config["lr"], "offline": config["offline"]}
+        line |= {"elapsed": time.monotonic() - spec["started"]}
+        line |= {name: spec[name] for name in ("every", "val_images")}
         file.write(json.dumps({**line, "caches": caches, "pid": os.getpid()}) + "\\n")
     time.sleep(0.05)
     if config["seed"] == 3:
@@ -166,8 +168,11 @@ def test_runs_are_alone_with_caches_of_their_own(
         launch(run)
 
     monkeypatch.setattr(record._Run, "launch", launch_alone)
+    before = time.monotonic()
     record.run(options(tmp_path, seeds=2, change=("base", "1")))
     found = lines(seen)
+    assert all(0 < line["elapsed"] < time.monotonic() - before for line in found)
+    assert all((line["every"], line["val_images"]) == (1, 16) for line in found)
     assert [(line["seed"], line["lr"]) for line in found] == [
         (0, 0.02), (0, 0.04), (1, 0.02), (1, 0.04),
     ]  # fmt: skip
@@ -179,19 +184,57 @@ def test_runs_are_alone_with_caches_of_their_own(
     assert "seed 1, larger rate: 60.0 % after 11.0 s; at the end 50.0 % after 16.5 s" in printed
 
 
-def test_further_seeds_are_added_to_those_of_the_same_code(
+def measured(tmp_path: Path, **changed: Any) -> list[int]:
+    """Seeds of the base in the result file after a command."""
+    (case,) = record.run(options(tmp_path, change=("0",), **changed))["cases"]
+    return [run["seed"] for run in case["runs"]]
+
+
+def test_further_seeds_are_added_to_those_of_the_same_code(seen: Path, tmp_path: Path) -> None:
+    assert measured(tmp_path) == [0]
+    assert measured(tmp_path, seeds=3) == [0, 1, 2]
+    assert [line["seed"] for line in lines(seen)] == [0, 1, 2]
+    assert measured(tmp_path, first_seed=5) == [0, 1, 2, 5]
+
+
+@pytest.mark.parametrize(
+    "changed", ["recipe", "data", "commit", "device", "processor", "driver", "versions"]
+)
+def test_runs_of_other_code_or_another_machine_are_not_pooled(
+    seen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    assert measured(tmp_path) == [0]
+    path = tmp_path / "out" / "cpu" / "record.json"
+    content = json.loads(path.read_text())
+    (case,) = content["cases"]
+    case[changed] = {"other": "1"} if isinstance(case[changed], dict) else "other"
+    path.write_text(json.dumps(content))
+    assert measured(tmp_path, first_seed=1) == [1]
+
+
+def test_uncommitted_code_may_have_changed_between_two_commands(
     seen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measured(**changed: Any) -> list[int]:
-        (case,) = record.run(options(tmp_path, change=("0",), **changed))["cases"]
-        return [run["seed"] for run in case["runs"]]
+    monkeypatch.setitem(PROVENANCE, "commit", "abc+changes")
+    assert measured(tmp_path) == [0]
+    assert measured(tmp_path, first_seed=1) == [1]
 
-    assert measured() == [0]
-    assert measured(seeds=3) == [0, 1, 2]
-    assert [line["seed"] for line in lines(seen)] == [0, 1, 2]
-    assert measured(first_seed=5) == [0, 1, 2, 5]
-    monkeypatch.setitem(PROVENANCE, "commit", "def")
-    assert measured() == [0], "another commit's runs are not among them"
+
+def test_code_that_changes_during_a_run_ends_the_benchmark(
+    seen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert measured(tmp_path) == [0]
+    launch = record._Run.launch
+
+    def launch_and_commit(run: record._Run) -> None:
+        launch(run)
+        monkeypatch.setitem(PROVENANCE, "commit", "def")
+
+    monkeypatch.setattr(record._Run, "launch", launch_and_commit)
+    with pytest.raises(TrainingError, match="seed 1, base: the code changed from abc to def"):
+        measured(tmp_path, seeds=3)
+    content = json.loads((tmp_path / "out" / "cpu" / "record.json").read_text())
+    assert [run["seed"] for run in content["cases"][0]["runs"]] == [0]
 
 
 def test_a_failed_run_ends_the_benchmark_and_the_others_are_kept(
@@ -236,9 +279,12 @@ def test_the_table_has_medians_over_all_seeds_and_what_is_not_measured(
             **{name: RECORDS[name] for name in ("cifar10-90",)},
         },
     )
-    result = record.run(options(tmp_path, seeds=3, change=("base", "larger rate")))
-    assert row(record.markdown_tables(result), "larger rate")[-1] == "-", "too few seeds"
-    monkeypatch.setattr(record, "_SEEDS", 3)
+    gains = []
+    for seeds in (1, 2, 3):  # too few; apart; overlapping, since one seed does not reach it
+        monkeypatch.setattr(record, "_SEEDS", max(2, seeds))
+        result = record.run(options(tmp_path, seeds=seeds, change=("base", "larger rate")))
+        gains.append(row(record.markdown_tables(result), "larger rate")[-1])
+    assert gains == ["-", "2.00", "too noisy to tell"]
     section = "<!-- bench: record out/{}/record.json -->\n<!-- /bench -->"
     assert "Not measured." in report.fill(section.format("GPU"), tmp_path)
     text = report.fill(section.format("cpu"), tmp_path)
@@ -247,13 +293,14 @@ def test_the_table_has_medians_over_all_seeds_and_what_is_not_measured(
     assert "| fashion-mini | seconds to 60.0 %, median (quartiles) |" in text
     assert row(text, "base") == ["base", base, "2 of 3", accuracies, "-"]
     faster = "11.0 (10.5 to not reached)"
-    assert row(text, "larger rate") == ["larger rate", faster, "2 of 3", accuracies, "2.00"]
+    assert row(text, "larger rate")[1:4] == [faster, "2 of 3", accuracies]
     assert row(text, "local views") == ["local views", "not measured", "-", "-", "-"]
     assert "Measured by others, on other hardware: by X." in text
     assert "Data: fashion-mini. a processor; PyTorch 2.14.1; 2026-11-29." in text
     assert "Not measured on this device: cifar10-90." in text
+    monkeypatch.setattr(record, "_SEEDS", 1)
     monkeypatch.setitem(PROVENANCE, "processor", "another")
-    result = record.run(options(tmp_path, seeds=3, change=("1",)))
+    result = record.run(options(tmp_path, change=("1",)))
     assert row(record.markdown_tables(result), "larger rate")[-1] == "-"
 
 

@@ -284,7 +284,7 @@ def _check(plan: Plan, out: Path) -> None:
     if not holds(out, PLAN):
         return
     saved, described = read_plan(out / PLAN), json.loads(json.dumps(plan.described()))
-    defaults = {item.name: item.default for item in dataclasses.fields(PlanOptions)}
+    defaults = json.loads(json.dumps(dataclasses.asdict(PlanOptions())))
     before = {"experiment": saved["experiment"], **defaults, **saved["options"]}
     if not plan.trials:
         before["trials"] = plan.options.trials  # their number decides nothing

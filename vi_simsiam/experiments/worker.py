@@ -30,7 +30,7 @@ from vi_simsiam.data_names import data_label
 from vi_simsiam.engine.forward import extract
 from vi_simsiam.engine.knn import KnnConfig
 from vi_simsiam.engine.log import read_log
-from vi_simsiam.engine.processes import locked
+from vi_simsiam.engine.processes import INTERRUPTED, locked
 from vi_simsiam.engine.run import (
     Run,
     check_config,
@@ -85,7 +85,7 @@ def main(path: Path) -> int:
         return 2
     except KeyboardInterrupt as interruption:
         print(": ".join(("interrupted", *interruption.args)), flush=True)
-        return 130
+        return INTERRUPTED
 
 
 def work(spec: dict[str, Any]) -> str:
