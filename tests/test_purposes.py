@@ -155,11 +155,16 @@ def test_the_picture_shows_every_run_and_mean(
         "cifar10: refusing",
     ]
     lowest = [axes.xaxis.get_tick_params()["labelbottom"] for axes in panels]
-    assert lowest == [False] * 10 + [True] * 4, "the lowest of every column"
+    # Seven panels in four columns: the fourth has one less.
+    ends = [False] * 3 + [True] + [False] * 3, [False] * 3 + [True] * 4
+    assert lowest == [*ends[0], *ends[1]]
     chance, runs, mean, *others = panels[0].lines
     assert list(chance.get_xdata()) == [0.5, 0.5]
     assert list(runs.get_xdata()) == [0.6, 0.8]
     assert list(mean.get_xdata()) == pytest.approx([0.7])
     assert len(others) == 2 * 3
-    titles = [label.get_text() for label in panels[0].get_yticklabels()]
-    assert titles == ["κ of VI-SimSiam", "κ of fitted", "embedding norm", "softmax †"]
+    names = ["κ of VI-SimSiam", "κ of fitted", "embedding norm", "softmax †"]
+    for number, axes in enumerate(panels):
+        first = number in (0, 4, 7, 11)  # of a line; another data set may have other scores
+        titles = [label.get_text() for label in axes.get_yticklabels()]
+        assert titles == (names if first else [""] * len(names))

@@ -205,11 +205,17 @@ def _points(axes: Axes, name: str, arms: Arms) -> None:
 def _purposes(experiment: Experiment, path: Path) -> Path | None:
     """A panel for each data set and purpose: the AUROC of every score, its runs and their mean."""
     found = {data: rows for data, rows in experiment.purposes().items() if rows}
-    panels = [(data, name) for data, rows in found.items() for name in shown_purposes(rows)]
-    if not panels:
+    shares = {data: shown_purposes(rows) for data, rows in found.items()}
+    columns = min(_COLUMNS, max(map(len, shares.values()), default=0))
+    if not columns:
         return None
-    columns = min(_COLUMNS, len(panels))
-    lines = -(-len(panels) // columns)
+    # A data set begins in the first column, where its scores are named.
+    panels = [
+        (data, name)
+        for data, names in shares.items()
+        for name in names + [None] * (-len(names) % columns)
+    ]
+    lines = len(panels) // columns
     height = 0.7 + lines * (0.6 + 0.15 * max(map(len, found.values())))
     title = (
         f"Experiment {experiment.plan['experiment']}: AUROC by purpose, 0.5 is chance; small: "
@@ -217,21 +223,23 @@ def _purposes(experiment: Experiment, path: Path) -> Path | None:
     )
     drawn = figure(title, (8.0, height))
     grid = drawn.subplots(lines, columns, sharex=True, squeeze=False)
-    for axes, (data, name) in zip(grid.flat, panels, strict=False):
-        rows = found[data]
+    for place, (data, name) in enumerate(panels):
+        axes, rows = grid.flat[place], found[data]
+        if name is None:
+            axes.remove()
+            if place >= columns:
+                grid.flat[place - columns].tick_params(labelbottom=True)
+            continue
         axes.axvline(0.5, color=GRAY, lw=0.8, ls=(0, (3, 2)))
         for number, row in enumerate(rows):
             if name in row["auroc"]:
                 _auroc(axes, number, row["runs"][name], row["auroc"][name]["mean"], row)
-        titles = [row["title"] for row in rows] if axes in grid[:, 0] else [""] * len(rows)
+        titles = [""] * len(rows) if place % columns else [row["title"] for row in rows]
         axes.set_yticks(range(len(rows)), titles)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         several = f"{shown(data)}: " if len(found) > 1 else ""
         axes.set_title(several + PURPOSES[name], fontsize=7.5)
         axes.xaxis.set_major_locator(MultipleLocator(0.25))
-    for number in range(len(panels), grid.size):
-        grid.flat[number].remove()
-        grid.flat[number - columns].tick_params(labelbottom=True)
     return save(drawn, path)
 
 
