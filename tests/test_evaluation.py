@@ -53,6 +53,7 @@ from vi_simsiam.evaluation.features import (
 from vi_simsiam.evaluation.knn import evaluate_knn
 from vi_simsiam.evaluation.linear import LinearConfig, evaluate_linear
 from vi_simsiam.evaluation.logistic import evaluate_logistic
+from vi_simsiam.evaluation.moved import move
 from vi_simsiam.evaluation.results import pack_bits, read_result, summary_lines, unpack_bits
 from vi_simsiam.ops.augment import Column
 
@@ -156,7 +157,9 @@ def test_pixels_are_the_view_at_no_more_than_32(size: int, side: int) -> None:
 
 
 def test_collect_gives_every_encoder_of_both_splits(tmp_path: Path) -> None:
-    train, val = gray_source(24), gray_source(10, name="gray val")
+    train, random = gray_source(24), np.random.default_rng(0)
+    images = random.integers(0, 256, (10, SIZE, SIZE, 3), dtype=np.uint8)
+    val = ArraySource(images, np.arange(10) % 2, train.classes, "coloured")
     run, stages = make_run(tmp_path, train=train, val=val), []
     sets = collect(run, report=stages.append)
     assert tuple(sets.train) == tuple(sets.val) == ENCODERS
@@ -169,6 +172,10 @@ def test_collect_gives_every_encoder_of_both_splits(tmp_path: Path) -> None:
     assert sets.train_labels.tolist() == train.labels.tolist()
     assert sets.val_labels.tolist() == val.labels.tolist()
     torch.testing.assert_close(sets.val["trained"], features_of(run.model.backbone, val))
+    moved = move(stacked(val), range(10))
+    assert tuple(sets.moved) == ENCODERS
+    torch.testing.assert_close(sets.moved["pixels"], moved.flatten(1))
+    torch.testing.assert_close(sets.moved["trained"], run.model.backbone(moved))
     assert "trained features of 24 train images" in stages
 
 
