@@ -178,20 +178,20 @@ def test_a_chosen_value_at_the_edge_of_its_range_is_marked(tmp_path: Path) -> No
     path = tmp_path / "chosen.json"
     content = json.loads(path.read_text())
     content["chosen"] = {
-        "simsiam": {"trial": "trial-simsiam-08"},
-        "vi-simsiam": {"trial": "trial-vi-simsiam-14"},
+        "simsiam": {"trial": "trial-simsiam-10"},
+        "vi-simsiam": {"trial": "trial-vi-simsiam-18"},
     }
     path.write_text(json.dumps(content))
     _, text = summarised(tmp_path)
     head = "| trial | lr | weight_decay | logistic probe, % | chosen for |"
     assert head in text, "settings that no trial varies have no column"
-    assert "| trial-vi-simsiam-14 | 0.390625 | 0.0005 | - | vi-simsiam |" in text
-    within = "within the range 0.0001 to 0.0025"
-    rates = "range 0.01 to 0.390625"
-    assert f"- SimSiam: `lr` 0.0625, within the {rates}; `weight_decay` 0.0005, {within}\n" in text
-    assert f"- VI-SimSiam: `lr` 0.390625, at the edge of the {rates}; " in text
+    assert "| trial-vi-simsiam-18 | 0.9765625 | 0.0005 | - | vi-simsiam |" in text
+    within = "within the range 0.0001 to 0.0125"
+    rates = "range 0.025 to 0.9765625"
+    assert f"- SimSiam: `lr` 0.15625, within the {rates}; `weight_decay` 0.0005, {within}\n" in text
+    assert f"- VI-SimSiam: `lr` 0.9765625, at the edge of the {rates}; " in text
     assert text.count("do not show that the range was wide enough") == 1
-    content["chosen"]["vi-simsiam"]["trial"] = "trial-simsiam-08"
+    content["chosen"]["vi-simsiam"]["trial"] = "trial-simsiam-10"
     path.write_text(json.dumps(content))
     assert "wide enough" not in summarised(tmp_path)[1]
     content["chosen"]["vi-simsiam"]["trial"] = "nothing"

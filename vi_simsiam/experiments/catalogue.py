@@ -34,9 +34,9 @@ from vi_simsiam.text import METHODS
 _METHODS_PRIMARY = ("vi-simsiam", "simsiam", PRIMARY_MEASURE)
 _SHORT_EPOCHS = 100
 """In fewer epochs, a target network with momentum 0.996 stays close to the untrained network."""
-_RATES, _GRID_BATCH = (0.01, 0.025, 0.0625, 0.15625, 0.390625), 64
+_RATES, _GRID_BATCH = (0.025, 0.0625, 0.15625, 0.390625, 0.9765625), 64
 """Learning rates of the grid, for a batch of that size."""
-_WEIGHT_DECAYS = (1e-4, 5e-4, 2.5e-3)
+_WEIGHT_DECAYS = (1e-4, 5e-4, 2.5e-3, 1.25e-2)
 _FITTED = "a distribution fitted to the finished SimSiam run of its seed"
 _DEATH_DIMS, _DEATH_RATES = (128, 256, 512, 2048), (0.0125, 0.03, 0.06, 0.1)
 _REFERENCE_SEEDS = 4

@@ -56,8 +56,8 @@ class PlanOptions:
     """D: dimension of the representation space."""
     arms: tuple[str, ...] | None = None
     """Only these arms; None for all that are not optional."""
-    trials: int = 15
-    """Points of the grid of settings that every method tries (experiment tuned); 15 for all."""
+    trials: int = 20
+    """Points of the grid of settings that every method tries (experiment tuned); 20 for all."""
     ema: float | None = None
     """Momentum of the target network (byol, vi-byol); None for 0.996, or 0.99 below 100 epochs."""
     backbone: str | None = None
