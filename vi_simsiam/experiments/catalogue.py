@@ -128,7 +128,7 @@ def _drawn(batch_size: int, trials: int) -> list[tuple[float, float]]:
     Learning rates are in proportion to the batch.
     """
     grid = [
-        (float(f"{rate * batch_size / _GRID_BATCH:.6g}"), decay)
+        (float(f"{rate * batch_size / _GRID_BATCH:.7g}"), decay)
         for rate in _RATES
         for decay in _WEIGHT_DECAYS
     ]
