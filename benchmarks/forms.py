@@ -86,7 +86,7 @@ class _Provider(TypedDict):
     mfu: NotRequired[_Figure]
     losses: NotRequired[list[float] | None]
     training_seconds: NotRequired[_Figure]
-    cold_start_seconds: NotRequired[_Figure]
+    cold_start_seconds: NotRequired[float | None]  # below 0 where the first epoch was the fastest
     evaluation_seconds: NotRequired[_Figure]
     caching_seconds: NotRequired[_Figure]
     seconds_to_target: NotRequired[_Figure]

@@ -160,6 +160,10 @@ def test_a_benchmark_that_is_stopped_leaves_the_trainings_before(
     assert [each["time"] is not None for each in case["providers"].values()] == [True, False, True]
     assert case["providers"]["plain PyTorch"]["failure"] == "stopped before its last training"
     providers["plain PyTorch"] = trains()
+    content = json.loads(path.read_text())
+    # A first epoch can be faster than the later ones.
+    content["cases"][0]["providers"]["lightly"]["cold_start_seconds"] = -0.1
+    path.write_text(json.dumps(content))
     train.run(options(out=tmp_path, resume=True))
     (case,) = json.loads(path.read_text())["cases"]
     assert case["providers"]["plain PyTorch"]["correct"], "a case is measured anew as a whole"
