@@ -212,10 +212,14 @@ def _case(
         "data": data_label(config.data),
         **origin,
     }
-    if str(origin["commit"]).endswith(UNCOMMITTED):
-        before = ()  # of other changes, perhaps
-    same = (old for old in before if all(old.get(name) == case[name] for name in _SAME))
+    same = (old for old in before if _alike(case, old, _SAME))
     return case | {"runs": list(next(same, {"runs": []})["runs"])}
+
+
+def _alike(case: Case, other: Case, names: Sequence[str]) -> bool:
+    """True if these parts agree and the code is committed: other changes have the same mark."""
+    committed = not str(case.get("commit")).endswith(UNCOMMITTED)
+    return committed and all(case.get(name) == other.get(name) for name in names)
 
 
 def _add(result: dict[str, Any], case: Case) -> None:
@@ -314,7 +318,7 @@ def _gain(record: Record, above: Case | None, case: Case | None) -> str:
     """Median of the row above over that of a row, where they can be compared and differ."""
     if above is None or case is None or min(len(above["runs"]), len(case["runs"])) < _SEEDS:
         return "-"
-    if any(above.get(name) != case.get(name) for name in _ORIGIN):
+    if not _alike(case, above, _ORIGIN):
         return "-"
     before, after = (quartiles(_times(record, each)) for each in (above, case))
     if not (before[1] < math.inf and 0 < after[1] < math.inf):

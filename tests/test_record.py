@@ -201,7 +201,7 @@ def test_further_seeds_are_added_to_those_of_the_same_code(seen: Path, tmp_path:
     "changed", ["recipe", "data", "commit", "device", "processor", "driver", "versions"]
 )
 def test_runs_of_other_code_or_another_machine_are_not_pooled(
-    seen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+    seen: Path, tmp_path: Path, changed: str
 ) -> None:
     assert measured(tmp_path) == [0]
     path = tmp_path / "out" / "cpu" / "record.json"
@@ -280,6 +280,7 @@ def test_the_table_has_medians_over_all_seeds_and_what_is_not_measured(
         },
     )
     gains = []
+    record.run(options(tmp_path, seeds=2, change=("base",)))
     for seeds in (1, 2, 3):  # too few; apart; overlapping, since one seed does not reach it
         monkeypatch.setattr(record, "_SEEDS", max(2, seeds))
         result = record.run(options(tmp_path, seeds=seeds, change=("base", "larger rate")))
@@ -299,6 +300,9 @@ def test_the_table_has_medians_over_all_seeds_and_what_is_not_measured(
     assert "Data: fashion-mini. a processor; PyTorch 2.14.1; 2026-11-29." in text
     assert "Not measured on this device: cifar10-90." in text
     monkeypatch.setattr(record, "_SEEDS", 1)
+    for case in result["cases"]:
+        case["commit"] = "abc+changes"
+    assert row(record.markdown_tables(result), "larger rate")[-1] == "-"
     monkeypatch.setitem(PROVENANCE, "processor", "another")
     result = record.run(options(tmp_path, change=("1",)))
     assert row(record.markdown_tables(result), "larger rate")[-1] == "-"
