@@ -172,7 +172,7 @@ RECORDS = {
             base=replace(
                 _SMALL,
                 data="cifar10",
-                images=10_000,
+                images=5_000,
                 augment=replace(_SMALL.augment, size=32, crop_scale=(0.2, 1.0)),
             ),
             threshold=0.3,

@@ -174,14 +174,9 @@ class Seeds:
         """
         if not self._networks:
             return {}
-        found = [
-            nearest(queries, keys, NEIGHBOURS, device=self._networks[0].device)
-            for queries, keys in zip(self._spaces(embedding), self._reference, strict=True)
-        ]
-        shares = [
-            neighbour_agreement([which for which, _ in each]) for each in zip(*found, strict=True)
-        ]
-        return {AGREEMENT: 1 - torch.cat(shares).cpu().numpy()}
+        device = self._networks[0].device
+        agreement = neighbour_agreement(self._spaces(embedding), self._reference, device)
+        return {AGREEMENT: 1 - agreement}
 
     def _spaces(self, embedding: Tensor) -> list[Tensor]:
         return [embedding, *map(torch.cat, self._seen)]

@@ -163,15 +163,8 @@ def with_agreement(
     if len(tables) == 1 or count == 0:
         return first
     keys = [None if references is None else table.embedding for table in among]
-    found = [
-        nearest(table.embedding, each, NEIGHBOURS, device=device)
-        for table, each in zip(tables, keys, strict=True)
-    ]
-    blocks = [
-        neighbour_agreement([which for which, _ in each]) for each in zip(*found, strict=True)
-    ]
-    column = torch.cat(blocks).float().cpu().numpy()
-    return dataclasses.replace(first, scores={**first.scores, AGREEMENT: column})
+    column = neighbour_agreement([table.embedding for table in tables], keys, device)
+    return dataclasses.replace(first, scores={**first.scores, AGREEMENT: column.astype(np.float32)})
 
 
 def write_parquet(

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vi_simsiam.engine.forward import nearest
+from vi_simsiam.engine.forward import Rows, nearest
 from vi_simsiam.stages import NAMES as STAGES
 
 NEIGHBOURS = 20
@@ -97,18 +97,31 @@ def common_neighbours(first: Tensor, second: Tensor) -> Tensor:
     return (first.unsqueeze(2) == second.unsqueeze(1)).any(2).double().mean(1)
 
 
-def neighbour_agreement(near: Sequence[Tensor]) -> Tensor:
-    """Mean share of neighbours in common over all pairs of R >= 2 spaces, (M,) float64.
+def neighbour_agreement(
+    spaces: Sequence[Rows], among: Sequence[Rows | None], device: torch.device
+) -> NDArray[np.float64]:
+    """Mean share of neighbours in common over all pairs of R >= 2 spaces, (M,).
 
     It is the neighbourhood consistency of Park et al. ("Quantifying Representation Reliability in
     Self-Supervised Learning Models", arXiv 2306.00206), with that share as the similarity of two
     neighbourhoods: low where networks that differ in their seed place an image differently.
 
     Args:
-        near: numbers of the neighbours in each space, (M, K) int64 each, K >= 1.
+        spaces: embeddings of the images in each space, (M, F) each.
+        among: embeddings that neighbours are among, by space, (N, F) each, N >= 1; None for those
+            of the images, N >= 2, of which none is its own neighbour.
+        device: where neighbours are computed.
     """
-    pairs = itertools.combinations(near, 2)
-    return torch.stack([common_neighbours(first, second) for first, second in pairs]).mean(0)
+    found = [
+        nearest(queries, keys, NEIGHBOURS, device=device)
+        for queries, keys in zip(spaces, among, strict=True)
+    ]
+    shares = [
+        torch.stack([common_neighbours(*pair) for pair in itertools.combinations(near, 2)]).mean(0)
+        for near in ([which for which, _ in blocks] for blocks in zip(*found, strict=True))
+    ]
+    agreement: NDArray[np.float64] = torch.cat(shares).cpu().numpy()
+    return agreement
 
 
 def lengths(rows: NDArray[np.float32]) -> NDArray[np.float64]:
