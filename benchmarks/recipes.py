@@ -100,6 +100,7 @@ _LOCAL = Change("2 local views", {"augment.local_views": 2, "augment.local_size"
 (_SIMSIAM,) = plan("lightly-imagenette", PlanOptions(arms=("simsiam",))).arms
 _LIGHTLY = _SIMSIAM.config
 _DEMO = PRESETS["demo"]
+_CROPS = Change("crops of half or more", {"augment.crop_scale": (0.5, 1.0)})
 _SMALL = replace(
     _DEMO,
     epochs=4,
@@ -159,7 +160,7 @@ RECORDS = {
             threshold=0.65,
             every=1,
             changes=(
-                Change("crops of half or more", {"augment.crop_scale": (0.5, 1.0)}),
+                _CROPS,
                 Change("half the learning rate", {"lr": 0.03}),
                 Change(
                     "preset demo: medium stem at the first rate for 3 epochs",
@@ -178,7 +179,7 @@ RECORDS = {
             threshold=0.3,
             every=1,
             changes=(
-                Change("crops of half or more", {"augment.crop_scale": (0.5, 1.0)}),
+                _CROPS,
                 Change(
                     "medium stem and 2 epochs",
                     {"model.stem": "medium", "epochs": 2, "warmup_epochs": 0.25},

@@ -28,7 +28,6 @@ from vi_simsiam.data.subsets import at_most
 from vi_simsiam.engine import processes
 from vi_simsiam.engine.run import load_run
 from vi_simsiam.errors import InputError
-from vi_simsiam.evaluation import scores
 from vi_simsiam.evaluation.scores import Network, Seeds, views_of
 from vi_simsiam.experiments import agreement
 from vi_simsiam.inference import embed, label_free

@@ -68,10 +68,10 @@ def evaluate_run(
 ) -> None:
     """Draw the figures, evaluate by k nearest neighbours and linear probe, and print the results.
 
-    The results are the last four lines: both accuracies of the validation images, and of the same
-    images shifted and turned a little. Writes curves.png (where the run has a log), kappa.png and
-    density.png (VI-SimSiam only), knn.json and linear.json to the run folder; the features are
-    computed once.
+    The results are the last lines: accuracies of the validation images, by kNN also from ten labels
+    a class, and of the same images shifted and turned a little. Writes curves.png (where the run
+    has a log), kappa.png and density.png (VI-SimSiam only), knn.json and linear.json to the run
+    folder; the features are computed once.
 
     Args:
         run: the run.
