@@ -101,6 +101,7 @@ _LOCAL = Change("2 local views", {"augment.local_views": 2, "augment.local_size"
 _LIGHTLY = _SIMSIAM.config
 _DEMO = PRESETS["demo"]
 _CROPS = Change("crops of half or more", {"augment.crop_scale": (0.5, 1.0)})
+_SLOWER = Change("half the learning rate", {"lr": 0.03})
 _SMALL = replace(
     _DEMO,
     epochs=4,
@@ -161,7 +162,7 @@ RECORDS = {
             every=1,
             changes=(
                 _CROPS,
-                Change("half the learning rate", {"lr": 0.03}),
+                _SLOWER,
                 Change(
                     "preset demo: medium stem at the first rate for 3 epochs",
                     {"model.stem": "medium", "lr": 0.06, "epochs": 3, "warmup_epochs": 0.375},
@@ -178,13 +179,7 @@ RECORDS = {
             ),
             threshold=0.29,
             every=1,
-            changes=(
-                _CROPS,
-                Change(
-                    "batches of 32 for 2 epochs",
-                    {"batch_size": 32, "epochs": 2, "warmup_epochs": 0.25},
-                ),
-            ),
+            changes=(_CROPS, _SLOWER),
             val_images=2_000,
         ),
     )
