@@ -101,7 +101,6 @@ _LOCAL = Change("2 local views", {"augment.local_views": 2, "augment.local_size"
 _LIGHTLY = _SIMSIAM.config
 _DEMO = PRESETS["demo"]
 _CROPS = Change("crops of half or more", {"augment.crop_scale": (0.5, 1.0)})
-_SLOWER = Change("half the learning rate", {"lr": 0.03})
 _SMALL = replace(
     _DEMO,
     epochs=4,
@@ -162,7 +161,7 @@ RECORDS = {
             every=1,
             changes=(
                 _CROPS,
-                _SLOWER,
+                Change("half the learning rate", {"lr": 0.03}),
                 Change(
                     "preset demo: medium stem at the first rate for 3 epochs",
                     {"model.stem": "medium", "lr": 0.06, "epochs": 3, "warmup_epochs": 0.375},
@@ -179,7 +178,7 @@ RECORDS = {
             ),
             threshold=0.29,
             every=1,
-            changes=(_CROPS, _SLOWER),
+            changes=(_CROPS,),
             val_images=2_000,
         ),
     )
