@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import itertools
 import json
 import subprocess
@@ -26,6 +27,7 @@ from vi_simsiam.cli import main, use
 from vi_simsiam.data.sources import ArraySource
 from vi_simsiam.data.subsets import at_most
 from vi_simsiam.engine import processes
+from vi_simsiam.engine.forward import nearest
 from vi_simsiam.engine.run import load_run
 from vi_simsiam.errors import InputError
 from vi_simsiam.evaluation.scores import Network, Seeds, views_of
@@ -66,6 +68,7 @@ def test_shares_of_neighbours_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     third = torch.tensor([[8, 9, 7], [1, 2, 0]])
     torch.testing.assert_close(common_neighbours(first, second), torch.tensor([2 / 3, 1]).double())
     monkeypatch.setattr(label_free, "NEIGHBOURS", 3)
+    monkeypatch.setattr(label_free, "nearest", functools.partial(nearest, block=1))
     keys = torch.eye(10)
     spaces = [keys[near].sum(1) for near in (first, second, third)]
     found = neighbour_agreement(spaces, [keys] * 3, torch.device("cpu"))
