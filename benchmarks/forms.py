@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, NotRequired, TypedDict
 
@@ -13,6 +14,7 @@ _Count = Annotated[int, at_least(1)]
 _Version = Annotated[
     str, Rule(lambda x: re.fullmatch(r"[a-z]+|\d{1,4}(\.\d{1,4})*", x), "a version")
 ]
+_FINITE = Rule(math.isfinite, "a finite number")
 _Figure = Annotated[float, NOT_NEGATIVE] | None
 _FEW = Rule(lambda x: len(x) <= 100, "at most 100 of them")
 _SOME = Rule(lambda x: 1 <= len(x) <= 100, "1 to 100 of them")
@@ -86,7 +88,8 @@ class _Provider(TypedDict):
     mfu: NotRequired[_Figure]
     losses: NotRequired[list[float] | None]
     training_seconds: NotRequired[_Figure]
-    cold_start_seconds: NotRequired[float | None]  # below 0 where the first epoch was the fastest
+    # Below 0 where later epochs took longer than the first.
+    cold_start_seconds: NotRequired[Annotated[float, _FINITE] | None]
     evaluation_seconds: NotRequired[_Figure]
     caching_seconds: NotRequired[_Figure]
     seconds_to_target: NotRequired[_Figure]

@@ -135,6 +135,16 @@ def test_committed_summaries_are_those_of_their_results(name: str, tmp_path: Pat
     assert comparable(tmp_path / name) == comparable(COMMITTED / name)
 
 
+def test_committed_bins_of_kappa_are_those_of_the_results() -> None:
+    folder = COMMITTED / "tuned-cifar10"
+    runs = json.loads((folder / "calibration.json").read_text())
+    assert len(runs) == 5
+    for name, run in runs.items():
+        found = json.loads((folder / "results" / f"{name}.json").read_text())["uncertainty"]
+        off = [each["count"] * abs(each["expected"] - each["observed"]) for each in run["bins"]]
+        assert sum(off) / run["pairs"] == pytest.approx(found["calibration_error"])
+
+
 def test_what_happened_to_runs_and_trials_is_said(tmp_path: Path) -> None:
     """Runs that are missing, diverged, collapsed or have other settings."""
     plan = write_all(tmp_path, "tuned", seeds=2, trials=2)

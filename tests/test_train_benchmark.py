@@ -17,7 +17,7 @@ from test_trainer import config
 from torch import Tensor, nn
 
 from vi_simsiam.benchmarks import plots, train, train_peers
-from vi_simsiam.benchmarks.results import LIGHTLY, OURS, OURS_SIMSIAM
+from vi_simsiam.benchmarks.results import LIGHTLY, OURS, OURS_SIMSIAM, read_result
 from vi_simsiam.benchmarks.train_peers import Recorder
 from vi_simsiam.config import ModelConfig
 from vi_simsiam.engine.monitor import Monitor
@@ -161,8 +161,13 @@ def test_a_benchmark_that_is_stopped_leaves_the_trainings_before(
     assert case["providers"]["plain PyTorch"]["failure"] == "stopped before its last training"
     providers["plain PyTorch"] = trains()
     content = json.loads(path.read_text())
-    # A first epoch can be faster than the later ones.
-    content["cases"][0]["providers"]["lightly"]["cold_start_seconds"] = -0.1
+    lightly = content["cases"][0]["providers"]["lightly"]
+    for seconds in (math.nan, -math.inf):
+        lightly["cold_start_seconds"] = seconds
+        path.write_text(json.dumps(content))
+        with pytest.raises(InputError, match="cold_start_seconds"):
+            read_result(path, "train")
+    lightly["cold_start_seconds"] = -0.1  # a first epoch can be faster than the later ones
     path.write_text(json.dumps(content))
     train.run(options(out=tmp_path, resume=True))
     (case,) = json.loads(path.read_text())["cases"]

@@ -261,9 +261,10 @@ def _trials(summary: dict[str, Any]) -> str:
             "the range was wide enough."
         )
     return (
-        f"Every method had as many trials, each trained with seed {found['seed']} on "
-        f"{1 - found['held_out']:.0%} of the training images and measured on the other "
-        f"{found['held_out']:.0%}; validation images were not used.\n\n{grid}\n\n{chosen}"
+        f"Every method had as many trials, each with seed {found['seed']}. They held out "
+        f"{found['held_out']:.0%} of all training images, were trained on the others and measured "
+        "on those held out, or on as many of each as the runs have; validation images were not "
+        f"used.\n\n{grid}\n\n{chosen}"
     )
 
 
